@@ -1,0 +1,192 @@
+"""Walking a decoder block by block without running the rest of the model.
+
+`find_blocks` names the repeated blocks; `capture` runs the model's own preamble (embeddings, rotary
+tables, masks) with the blocks replaced by stubs, so that it records what every block is called
+with at the price of an embedding look-up; `BlockRunner` then calls one block on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class StopForward(Exception):
+    """Raised from a hook to leave a forward pass once what it was run for is known."""
+
+
+class BlockError(ValueError):
+    """The model's blocks cannot be found or called one by one."""
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Full name -> module of the repeated blocks, in execution order.
+
+    Blocks are the members of the `nn.ModuleList`s whose class the model declares unsplittable
+    (`_no_split_modules`); without such a declaration, the ModuleList with the most parameters.
+    """
+    declared = {name for name in (getattr(model, "_no_split_modules", None) or ())}
+    lists: list[tuple[int, dict[str, nn.Module]]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0:
+            members = {f"{name}.{i}": child for i, child in enumerate(module)}
+            if any(isinstance(m, nn.Linear) for c in module for m in c.modules()):
+                size = sum(p.numel() for c in module for p in c.parameters())
+                if declared & {type(c).__name__ for c in module}:
+                    size += 1 << 62
+                lists.append((size, members))
+    return max(lists, key=lambda item: item[0])[1] if lists else {}
+
+
+@dataclass
+class Captured:
+    """Inputs of the first block for every batch, and every block's other arguments.
+
+    hidden: one (batch, seqlen, width) tensor per batch. calls[shape][i]: (args, kwargs) that block
+    i gets besides its hidden states for batches of that (batch, seqlen) shape.
+    """
+
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    calls: dict[tuple[int, ...], list[tuple[tuple, dict]]] = field(default_factory=dict)
+
+
+def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+@contextmanager
+def _stubs(blocks: list[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
+    try:
+        for i, block in enumerate(blocks):
+            block.forward = make(i)  # type: ignore[method-assign]
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module, blocks: list[nn.Module], batches: list[torch.Tensor], name: str = "model"
+) -> Captured:
+    """Record what every block would be called with, for int64 token batches (batch, seqlen).
+
+    Raises `BlockError` if the model does not hand the blocks their hidden states one after another.
+    """
+    found = Captured()
+    wrap_in_tuple = False
+
+    def make(i: int) -> Callable:
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest, options = _split_hidden(args, kwargs)
+            if i == 0:
+                found.hidden.append(hidden.detach())
+            shape = tuple(found.hidden[-1].shape)
+            if tuple(hidden.shape) != shape:
+                raise _ReturnsTuples
+            calls = found.calls.setdefault(shape[:-1], [])
+            if len(calls) > i:  # a batch of this shape has been recorded: the first input is all we need
+                raise StopForward
+            calls.append((rest, options))
+            if i == len(blocks) - 1:
+                raise StopForward
+            return (hidden,) if wrap_in_tuple else hidden
+
+        return stub
+
+    for batch in batches:
+        for attempt in range(2):
+            try:
+                with _stubs(blocks, make):
+                    model(input_ids=batch, use_cache=False)
+                raise BlockError(f"{name}: its forward pass does not run the blocks that were found")
+            except StopForward:
+                break
+            except _ReturnsTuples:
+                if attempt or wrap_in_tuple:
+                    raise BlockError(
+                        f"{name}: blocks change the shape of their hidden states; hf_vq walks plain "
+                        "stacks of decoder blocks"
+                    ) from None
+                wrap_in_tuple = True
+                shape = tuple(found.hidden.pop().shape)
+                found.calls.pop(shape[:-1], None)
+    return found
+
+
+class _ReturnsTuples(Exception):
+    """The model indexes its blocks' outputs, so a stub has to return a tuple."""
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Move every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: move(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(move(v, device) for v in value)
+    return value
+
+
+class BlockRunner:
+    """Calls block number `index` on captured hidden states."""
+
+    def __init__(self, block: nn.Module, index: int, captured: Captured, device: torch.device):
+        self.block, self.device = block, device
+        self.calls = {s: move(c[index], device) for s, c in captured.calls.items()}
+
+    @torch.no_grad()
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self.calls[tuple(hidden.shape[:-1])]
+        out = self.block(hidden.to(self.device), *args, **kwargs)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    def until_stopped(self, hidden: torch.Tensor) -> None:
+        """Run until a hook raises `StopForward` (or to the end)."""
+        try:
+            self(hidden)
+        except StopForward:
+            return
+
+
+def input_groups(runner: BlockRunner, linears: dict[str, nn.Module], hidden: torch.Tensor) -> list[list[str]]:
+    """Names of the linears that read the very same tensor, in execution order.
+
+    q/k/v (and gate/up) projections share one input and so one Hessian. A linear that this batch
+    never reaches (an expert no token was routed to) comes last, in a group of its own.
+    """
+    groups: dict[tuple, list[str]] = {}
+    alive: list[torch.Tensor] = []  # or a freed tensor's address could be taken for a shared input
+
+    def hook_for(name: str) -> Callable:
+        def hook(_: nn.Module, args: tuple) -> None:
+            x = args[0]
+            alive.append(x)
+            groups.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(hook_for(n)) for n, m in linears.items()]
+    try:
+        runner(hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    ordered = [list(dict.fromkeys(g)) for g in groups.values()]
+    seen: set[str] = set()
+    unique = []
+    for group in ordered:
+        fresh = [n for n in group if n not in seen]
+        seen.update(fresh)
+        if fresh:
+            unique.append(fresh)
+    return unique + [[n] for n in linears if n not in seen]
