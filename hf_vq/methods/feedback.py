@@ -1,0 +1,107 @@
+"""Second-order error feedback: the damped factor of the Hessian and the column sweep.
+
+With ``H = R R^T``, R upper triangular, the output error of quantizing W to Q column by column is
+``||(W - Q) R||^2 = sum_j ||(W - Q)_j R_jj + sum_{i<j} (W - Q)_i R_ij||^2``. Everything left of
+column j is fixed when j is quantized, so the best it can aim for is the *compensated* weight
+``W_j + sum_{i<j} (W - Q)_i R_ij / R_jj`` at a price of ``R_jj^2`` per unit of squared error. That is
+GPTQ's and GPTVQ's update (their U is R^-1, so R_jj^2 is their 1/[H^-1]_jj) without ever inverting
+the Hessian, exact for vectors of several columns too: then R_jj is a block.
+
+Both vector methods use it: GPTVQ with steps of `vector_dim` columns, VPTQ with steps of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Factor:
+    """H + damping = upper @ upper.T, and what had to be done to get there.
+
+    upper: float32 (c, c) upper triangular. hessian: the damped H that it factors.
+    damping: relative to mean(diag H). notes: empty when nothing unusual happened.
+    """
+
+    upper: torch.Tensor
+    hessian: torch.Tensor
+    damping: float
+    notes: list[str]
+
+
+def factorize(hessian: torch.Tensor, damping: float = 0.01) -> Factor:
+    """Damp and factor a Hessian of shape (c, c); never fails, says what it did instead.
+
+    Dead inputs (zero diagonal) get the damping alone. If the factorization breaks down (too few
+    tokens, rounding) the damping grows tenfold up to 1, then only the diagonal is kept; a Hessian
+    with non-finite entries falls back to its diagonal, or to the identity.
+    """
+    notes: list[str] = []
+    h = hessian.float()
+    diagonal = h.diagonal()
+    if not bool(torch.isfinite(h).all()):
+        usable = bool(torch.isfinite(diagonal).all()) and bool((diagonal > 0).any())
+        notes.append("non-finite Hessian: " + ("its diagonal" if usable else "identity") + " used")
+        h = torch.diag(diagonal) if usable else torch.eye(len(h), device=h.device)
+        diagonal = h.diagonal()
+    dead = int((diagonal <= 0).sum())
+    if dead:
+        notes.append(f"{dead} dead input channels")
+    mean = float(diagonal.clamp_min(0).mean())
+    if mean <= 0:
+        notes.append("all-zero Hessian: identity used")
+        h, mean = torch.eye(len(h), device=h.device), 1.0
+    level = damping
+    while level <= 1.0:
+        damped = h.clone()
+        damped.diagonal().add_(level * mean)
+        # The reversed Cholesky: flipping both axes turns lower into upper.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            if level != damping:
+                notes.append(f"damping raised to {level:g}")
+            return Factor(lower.flip(0, 1).contiguous(), damped, level, notes)
+        level = max(level, 1e-4) * 10
+    notes.append("Hessian not positive definite: its diagonal used")
+    damped = torch.diag(h.diagonal().clamp_min(0) + damping * mean)
+    return Factor(damped.sqrt(), damped, damping, notes)
+
+
+def sweep(
+    weight: torch.Tensor,
+    upper: torch.Tensor,
+    step: int,
+    blocks: list[tuple[int, int]],
+    begin_block: Callable[[int, int, torch.Tensor], None] | None,
+    choose: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Quantize `step` columns at a time, each aiming at the compensated weight.
+
+    weight: float32 (r, c). upper: (c, c) from `factorize`. blocks: column ranges, in order, whose
+    widths are multiples of step; each starts with ``begin_block(start, stop, compensated)`` where
+    compensated (r, stop - start) is what its columns should be, given all columns left of it.
+    ``choose(start, linear, metric)`` returns q (r, step) minimizing
+    ``q metric q^T - 2 linear . q`` per row, metric (step, step), linear (r, step).
+    Returns Q (r, c).
+    """
+    error = torch.zeros_like(weight)
+    for start, stop in blocks:
+        inner = upper[start:stop, start:stop]
+        carried = error[:, :start] @ upper[:start, start:stop]
+        if begin_block is not None:
+            shift = torch.linalg.solve_triangular(inner, carried, upper=True, left=False)
+            begin_block(start, stop, weight[:, start:stop] + shift)
+        for a in range(0, stop - start, step):
+            b = a + step
+            corner = inner[a:b, a:b]
+            metric = corner @ corner.T
+            w = weight[:, start + a : start + b]
+            linear = w @ metric + carried[:, a:b] @ corner.T
+            e = w - choose(start + a, linear, metric)
+            error[:, start + a : start + b] = e
+            if b < stop - start:
+                carried[:, b:].addmm_(e, inner[a:b, b:])
+    return weight - error

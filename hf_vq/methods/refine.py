@@ -1,0 +1,104 @@
+"""Refinement after the sweep: better codes for fixed codebooks, better codebooks for fixed codes.
+
+The sweep is greedy: no code is looked at again once the columns to its right are known. Both steps
+here work on the exact layer objective ``tr(E H E^T)``, ``E = W - Q``, and can only lower it:
+
+* `reassign`, cyclic coordinate descent: every vector in turn takes the centroid that is best with
+  all the others as they now stand.
+* `fit_codebooks`, GPTVQ's codebook update (section 3.3) solved as what it is, a convex
+  least-squares problem, by preconditioned conjugate gradients instead of Adam.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_vq.methods.lookup import Lookup
+
+# Columns whose products are kept fresh within a pass; the rest are updated once per panel.
+_PANEL = 64
+
+
+def loss(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> float:
+    """tr(E H E^T) over the real rows."""
+    error = (weight - state.decode()) * state.row_mask
+    return float(((error @ hessian) * error).sum(dtype=torch.float64))
+
+
+def reassign(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> None:
+    """One pass of coordinate descent over all vectors, in place."""
+    d = state.dim
+    quantized = state.decode()
+    pull = (weight - quantized) @ hessian  # P = E H, kept up to date panel by panel
+    columns = weight.shape[1]
+    panel = max(d, _PANEL // d * d)
+    for start in range(0, columns, panel):
+        stop = min(start + panel, columns)
+        local = hessian[start:stop, start:stop]
+        near = pull[:, start:stop].clone()
+        moved = torch.zeros(len(weight), stop - start, device=weight.device)
+        for a in range(0, stop - start, d):
+            b = a + d
+            metric = local[a:b, a:b]
+            old = quantized[:, start + a : start + b]
+            new = state.choose((start + a) // d, near[:, a:b] + old @ metric, metric)
+            step = new - old
+            moved[:, a:b] = step
+            if b < stop - start:
+                near[:, b:].addmm_(step, local[a:b, b:], alpha=-1)
+        pull.addmm_(moved, hessian[start:stop], alpha=-1)
+
+
+def fit_codebooks(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    state: Lookup,
+    *,
+    iterations: int,
+    tolerance: float = 1e-4,
+) -> None:
+    """Least-squares codebooks for fixed codes, in place; never raises the loss.
+
+    The normal matrix couples all codebooks of the matrix through H and is never formed: its product
+    with a codebook is gather, multiply by H, scatter.
+    """
+    table = state.codebooks.reshape(-1, state.dim)
+    address = state.address().reshape(-1)
+    rows, columns = weight.shape
+    scale = None if state.scale is None else state.scale.reshape(-1, 1)
+
+    def scatter(dense: torch.Tensor) -> torch.Tensor:
+        parts = (dense * state.row_mask).reshape(-1, state.dim)
+        if scale is not None:
+            parts = parts * scale
+        return torch.zeros_like(table).index_add_(0, address, parts)
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        q = values.index_select(0, address)
+        return (q if scale is None else q * scale).reshape(rows, columns) * state.row_mask
+
+    diagonal = hessian.diagonal()[None].expand(rows, columns).reshape(-1, state.dim)
+    weight_each = diagonal if scale is None else diagonal * scale.square()
+    mask_each = state.row_mask.expand(rows, columns).reshape(-1, state.dim)
+    precondition = torch.zeros_like(table).index_add_(0, address, weight_each * mask_each)
+    precondition = torch.where(precondition > 0, 1 / precondition.clamp_min(1e-30), 0)
+
+    residual = scatter(((weight - state.decode()) * state.row_mask) @ hessian)
+    solution = torch.zeros_like(table)
+    direction = precondition * residual
+    energy = first = (residual * direction).sum()
+    for _ in range(iterations):
+        if not bool(energy > tolerance * first):
+            break
+        product = scatter(gather(direction) @ hessian)
+        curvature = (direction * product).sum()
+        if not bool(curvature > 0):
+            break
+        length = energy / curvature
+        solution += length * direction
+        residual -= length * product
+        preconditioned = precondition * residual
+        fresh = (residual * preconditioned).sum()
+        direction = preconditioned + (fresh / energy) * direction
+        energy = fresh
+    state.codebooks = (table + solution).reshape(state.codebooks.shape)
