@@ -1,0 +1,10 @@
+"""Operators of hf_vq. Importing this package registers `torch.ops.hf_vq.*`; it needs torch alone.
+
+bits.py: the bit stream every format shares; ops.py: the operators (schema, default implementation,
+shape inference, gradients); reference.py: what they compute, written to be read.
+"""
+
+from hf_vq_kernels.bits import unpack_bits
+from hf_vq_kernels.ops import gptvq_dequantize, gptvq_linear
+
+__all__ = ["gptvq_dequantize", "gptvq_linear", "unpack_bits"]

@@ -1,0 +1,155 @@
+"""A linear layer that keeps its weight packed and computes through one operator.
+
+Notable choices: it is an `nn.Linear` (PEFT and others look for that class) whose `weight` is None,
+so code that would write into a dense weight fails loudly instead of changing a temporary. The
+packed tensors are frozen Parameters (device maps and offloading see Parameters) of a declared
+dtype, which casts of the model leave alone: a bfloat16 scale stays bfloat16 in a float16 model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_vq.formats import FORMATS
+from hf_vq.formats.base import LayerSpec
+from hf_vq.layers.operators import OPERATORS
+
+
+class PackedLinear(nn.Linear):
+    """y = x @ W.T + bias with W stored as `spec` describes.
+
+    A new layer decodes to zeros; `from_packed` or `load_state_dict` give it values. Its parameters
+    are those of `spec.layout()` plus `bias`. `compute_dtype` is the dtype of the bias and of
+    `dequantize()`, and follows `.to(dtype)`; the forward pass computes in the dtype of its input.
+    """
+
+    spec: LayerSpec
+    compute_dtype: torch.dtype
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would allocate the dense weight
+        self.spec = spec
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        self.compute_dtype = compute_dtype or torch.get_default_dtype()
+        self.register_parameter("weight", None)
+        for name, (shape, dtype) in spec.layout().items():
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+        self.register_parameter("bias", None)
+        if bias:
+            zeros = torch.zeros(spec.out_features, dtype=self.compute_dtype, device=device)
+            self.bias = nn.Parameter(zeros)
+
+    @classmethod
+    def from_packed(
+        cls,
+        spec: LayerSpec,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+        where: str = "PackedLinear",
+    ) -> PackedLinear:
+        """A layer over `tensors` (shared, not copied), which must be those of `spec.layout()`.
+
+        Raises `FormatError`, naming `where`, when they are not or cannot be decoded.
+        """
+        FORMATS[spec.method].check(tensors, spec, where)
+        if compute_dtype is None and bias is not None:
+            compute_dtype = bias.dtype
+        layer = cls(spec, bias=bias is not None, compute_dtype=compute_dtype, device="meta")
+        for name in spec.layout():
+            layer.register_parameter(name, nn.Parameter(tensors[name].detach(), False))
+        if bias is not None:
+            if tuple(bias.shape) != (spec.out_features,):
+                raise ValueError(
+                    f"{where}: bias has shape {tuple(bias.shape)}, expected {(spec.out_features,)}"
+                )
+            layer.bias = nn.Parameter(bias.detach().to(layer.compute_dtype))
+        return layer
+
+    def packed(self) -> dict[str, Tensor]:
+        """Name -> tensor, as in `spec.layout()`."""
+        return {name: getattr(self, name) for name in self.spec.layout()}
+
+    @property
+    def qweight(self) -> Tensor:
+        """The first packed tensor, the codes: where PEFT looks for the device of a layer."""
+        return getattr(self, next(iter(self.spec.layout())))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the dtype of `input` (or of autocast)."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        return OPERATORS[self.spec.method].linear(input, self._parameters, self.spec, self.bias)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight (out_features, in_features), in `compute_dtype` unless told."""
+        return OPERATORS[self.spec.method].dequantize(
+            self.packed(), self.spec, dtype or self.compute_dtype
+        )
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The same layer as a dense `nn.Linear` of `dtype` (default: `compute_dtype`)."""
+        dtype = dtype or self.compute_dtype
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        with torch.no_grad():
+            linear.weight = nn.Parameter(self.dequantize(dtype))
+            if self.bias is not None:
+                linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+        return linear.train(self.training)
+
+    def reset_parameters(self) -> None:
+        """Back to the state of a new layer: everything zero."""
+        with torch.no_grad():
+            for parameter in self.parameters(recurse=False):
+                parameter.zero_()
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this layer."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, method={self.spec.method}, "
+            f"bits={self.spec.bits_per_weight:.3f}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Moves move everything, casts cast the bias alone.
+
+        `fn` is what `.to()`, `.half()`, `.to_empty()` and the like do to one tensor. Packed floats
+        go through it as integers of the same width, which no cast touches.
+        """
+        keep: set[int] = set()
+        for tensor in self.packed().values():
+            keep.add(id(tensor))
+            if tensor.grad is not None:
+                keep.add(id(tensor.grad))
+
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in keep or not tensor.is_floating_point():
+                return fn(tensor)
+            bits = tensor.detach().view(_BITS[tensor.dtype.itemsize])
+            out = fn(bits)
+            return tensor if out is bits else out.view(tensor.dtype)
+
+        probe: Any = torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)
+        super()._apply(moved, recurse)
+        self.compute_dtype = fn(probe).dtype
+        return self
+
+
+# Integers as wide as a float of so many bytes.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

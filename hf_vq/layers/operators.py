@@ -1,0 +1,60 @@
+"""Which operator computes with which method's packed tensors: the one table layers ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import hf_vq_kernels
+import torch
+from torch import Tensor
+
+from hf_vq.formats.gptvq import GPTVQSpec
+
+Packed = Mapping[str, Any]  # name -> Tensor, as in spec.layout()
+
+
+class Operator(NamedTuple):
+    """linear(x, packed, spec, bias) -> x @ W.T + bias; dequantize(packed, spec, dtype) -> W."""
+
+    linear: Callable[[Tensor, Packed, Any, Tensor | None], Tensor]
+    dequantize: Callable[[Packed, Any, torch.dtype], Tensor]
+
+
+def _gptvq_tensors(packed: Packed) -> tuple[Tensor | None, ...]:
+    """The stored tensors in the operators' order; 1-D factors take the place of codebooks."""
+    codebooks = packed["codebook_factors"] if "codebook_factors" in packed else packed["codebooks"]
+    return (
+        packed["indices"],
+        codebooks,
+        packed.get("codebook_scales"),
+        packed.get("codebook_basis"),
+        packed.get("scale_codes"),
+        packed.get("scale_grid"),
+    )
+
+
+def _gptvq_geometry(spec: GPTVQSpec) -> tuple[int, int, int, int, int, bool]:
+    return (
+        spec.vector_dim,
+        spec.num_centroids,
+        spec.group_rows,
+        spec.group_columns,
+        spec.scale_block,
+        spec.scale_domain == "log",
+    )
+
+
+def _gptvq_linear(x: Tensor, packed: Packed, spec: GPTVQSpec, bias: Tensor | None) -> Tensor:
+    return hf_vq_kernels.gptvq_linear(x, *_gptvq_tensors(packed), bias, *_gptvq_geometry(spec))
+
+
+def _gptvq_dequantize(packed: Packed, spec: GPTVQSpec, dtype: torch.dtype) -> Tensor:
+    return hf_vq_kernels.gptvq_dequantize(
+        *_gptvq_tensors(packed), spec.in_features, *_gptvq_geometry(spec), dtype
+    )
+
+
+OPERATORS: dict[str, Operator] = {
+    "gptvq": Operator(_gptvq_linear, _gptvq_dequantize),
+}

@@ -1,0 +1,324 @@
+"""The operators `hf_vq::gptvq_linear` and `hf_vq::gptvq_dequantize`.
+
+Each is defined once (schema, shape inference, gradients) and has a default implementation that any
+torch device runs; faster backends register theirs for their device key. The default decodes the
+weight into the dtype of the activations and calls the dense product, so a forward pass holds one
+dense matrix for the length of the call; the backward pass decodes again and nothing dense is kept
+in between. What is computed is written down in reference.py.
+
+Gradients: to `x` and `bias`, and to floating codebooks (and factors, basis, codebook scales) when
+they require grad. Indices, scale codes and the scale grid have none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hf_vq_kernels.bits import unpack_bits
+from hf_vq_kernels.reference import expand_codebooks, wide
+from torch import Tensor
+
+_PACKED = (
+    "Tensor indices, Tensor codebooks, Tensor? codebook_scales, Tensor? codebook_basis, "
+    "Tensor? scale_codes, Tensor? scale_grid"
+)
+_GEOMETRY = (
+    "int vector_dim, int num_centroids, int group_rows, int group_columns, int scale_block, "
+    "bool log_scales"
+)
+
+torch.library.define(
+    "hf_vq::gptvq_dequantize",
+    f"({_PACKED}, int in_features, {_GEOMETRY}, ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    "hf_vq::gptvq_linear", f"(Tensor x, {_PACKED}, Tensor? bias, {_GEOMETRY}) -> Tensor"
+)
+
+
+def gptvq_dequantize(
+    indices: Tensor,
+    codebooks: Tensor,
+    codebook_scales: Tensor | None,
+    codebook_basis: Tensor | None,
+    scale_codes: Tensor | None,
+    scale_grid: Tensor | None,
+    in_features: int,
+    vector_dim: int,
+    num_centroids: int,
+    group_rows: int,
+    group_columns: int,
+    scale_block: int,
+    log_scales: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The dense weight (out_features, in_features) in `dtype`.
+
+    `indices` int32 (out_features, words) holds ceil(in_features / vector_dim) codes of
+    (num_centroids - 1).bit_length() bits per row. `codebooks`: int8 or floating (stripes, row
+    groups, num_centroids, vector_dim), int32 (stripes, row groups, words) for 4-bit entries, or
+    the factors (stripes, row groups, rank) when `codebook_basis` (rank, num_centroids) is given.
+    `codebook_scales`: (stripes, row groups). `scale_codes` int32 (out_features, words) and
+    `scale_grid` (2, blocks) give every row one scale per `scale_block` columns.
+    """
+    return torch.ops.hf_vq.gptvq_dequantize(
+        indices, codebooks, codebook_scales, codebook_basis, scale_codes, scale_grid, in_features,
+        vector_dim, num_centroids, group_rows, group_columns, scale_block, log_scales, dtype,
+    )  # fmt: skip
+
+
+def gptvq_linear(
+    x: Tensor,
+    indices: Tensor,
+    codebooks: Tensor,
+    codebook_scales: Tensor | None,
+    codebook_basis: Tensor | None,
+    scale_codes: Tensor | None,
+    scale_grid: Tensor | None,
+    bias: Tensor | None,
+    vector_dim: int,
+    num_centroids: int,
+    group_rows: int,
+    group_columns: int,
+    scale_block: int,
+    log_scales: bool,
+) -> Tensor:
+    """x (..., in_features) times the packed weight, plus bias: (..., out_features), dtype of x.
+
+    The packed tensors are those of `gptvq_dequantize`; `bias` (out_features,) is cast to x.dtype.
+    """
+    return torch.ops.hf_vq.gptvq_linear(
+        x, indices, codebooks, codebook_scales, codebook_basis, scale_codes, scale_grid, bias,
+        vector_dim, num_centroids, group_rows, group_columns, scale_block, log_scales,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- default backend
+
+# An integer (or complex) type as wide as one vector: a look-up then moves one element per vector.
+_WIDE = {
+    1: torch.int8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+    16: torch.complex128,
+}
+
+
+def _entry_numbers(
+    indices: Tensor,
+    shape: torch.Size,
+    num_vectors: int,
+    vectors_per_stripe: int,
+    group_rows: int,
+) -> Tensor:
+    """Row of every vector in the stacked codebooks of `shape` (S, G, k, d): (out, num_vectors)."""
+    stripes, groups, k, _ = shape
+    device = indices.device
+    flat = unpack_bits(indices, (k - 1).bit_length(), num_vectors)
+    dtype = torch.int32 if stripes * groups * k < 2**31 else torch.int64
+    flat = flat.to(dtype)
+    if groups > 1:
+        group = torch.arange(indices.shape[0], device=device, dtype=dtype) // group_rows
+        flat = flat + (group * k)[:, None]
+    if stripes > 1:
+        stripe = torch.arange(num_vectors, device=device, dtype=dtype) // vectors_per_stripe
+        flat = flat + stripe * (groups * k)
+    return flat
+
+
+def _look_up(table: Tensor, flat: Tensor) -> Tensor:
+    """Rows `flat` (r, v) of `table` (n, d), side by side: (r, v*d)."""
+    n, d = table.shape
+    whole_vector = _WIDE.get(d * table.element_size())
+    if whole_vector is None:
+        return table.index_select(0, flat.flatten()).view(flat.shape[0], -1)
+    picked = table.view(whole_vector).view(n).index_select(0, flat.flatten())
+    return picked.view(table.dtype).view(flat.shape[0], -1)
+
+
+def _scale_table(scale_grid: Tensor, log_scales: bool) -> Tensor:
+    """The 16 scales of every block, float32 (blocks, 16).
+
+    Evaluated in float64 and rounded once, so that every platform gets the same bits.
+    """
+    offset, step = wide(scale_grid).unsqueeze(-1)
+    table = offset + step * torch.arange(16, device=scale_grid.device)
+    return (torch.exp2(table) if log_scales else table).float()
+
+
+def _scales(scale_codes: Tensor, scale_grid: Tensor, log_scales: bool) -> Tensor:
+    """Scale of every (row, block), float32 (out, blocks)."""
+    table = _scale_table(scale_grid, log_scales)
+    blocks = table.shape[0]
+    flat = unpack_bits(scale_codes, 4, blocks)
+    flat = flat + torch.arange(0, blocks * 16, 16, device=flat.device, dtype=torch.int32)
+    return table.flatten().index_select(0, flat.flatten()).view(flat.shape)
+
+
+def _scale_columns_(weight: Tensor, scales: Tensor, scale_block: int) -> None:
+    """Multiply `weight` (out, columns) by its blocks' `scales` (out, blocks) in place."""
+    whole = weight.shape[1] // scale_block
+    if whole:
+        view = weight[:, : whole * scale_block].unflatten(1, (whole, scale_block))
+        view *= scales[:, :whole, None]
+    if whole < scales.shape[1]:
+        weight[:, whole * scale_block :] *= scales[:, whole:]
+
+
+@torch.library.impl("hf_vq::gptvq_dequantize", "CompositeExplicitAutograd")
+def _dequantize_default(
+    indices: Tensor,
+    codebooks: Tensor,
+    codebook_scales: Tensor | None,
+    codebook_basis: Tensor | None,
+    scale_codes: Tensor | None,
+    scale_grid: Tensor | None,
+    in_features: int,
+    vector_dim: int,
+    num_centroids: int,
+    group_rows: int,
+    group_columns: int,
+    scale_block: int,
+    log_scales: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    table = expand_codebooks(codebooks, codebook_scales, codebook_basis, num_centroids, vector_dim)
+    num_vectors = -(-in_features // vector_dim)
+    flat = _entry_numbers(
+        indices, table.shape, num_vectors, group_columns // vector_dim, group_rows
+    )
+    table = table.view(-1, vector_dim)
+    if scale_codes is None or scale_grid is None:
+        # Rounding before the look-up gives the same numbers and moves fewer bytes.
+        weight = _look_up(table.to(dtype), flat)[:, :in_features]
+    else:
+        weight = _look_up(table, flat)[:, :in_features]
+        _scale_columns_(weight, _scales(scale_codes, scale_grid, log_scales), scale_block)
+        weight = weight.to(dtype)
+    return weight.contiguous()
+
+
+@torch.library.impl("hf_vq::gptvq_linear", "CompositeExplicitAutograd")
+def _linear_default(
+    x: Tensor,
+    indices: Tensor,
+    codebooks: Tensor,
+    codebook_scales: Tensor | None,
+    codebook_basis: Tensor | None,
+    scale_codes: Tensor | None,
+    scale_grid: Tensor | None,
+    bias: Tensor | None,
+    vector_dim: int,
+    num_centroids: int,
+    group_rows: int,
+    group_columns: int,
+    scale_block: int,
+    log_scales: bool,
+) -> Tensor:
+    weight = gptvq_dequantize(
+        indices, codebooks, codebook_scales, codebook_basis, scale_codes, scale_grid, x.shape[-1],
+        vector_dim, num_centroids, group_rows, group_columns, scale_block, log_scales, x.dtype,
+    )  # fmt: skip
+    # The caller (PackedLinear) has applied autocast already; here the result has the dtype of x.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+# ---------------------------------------------------------------------------------- shape inference
+
+
+@torch.library.register_fake("hf_vq::gptvq_dequantize")
+def _dequantize_fake(*args: Any) -> Tensor:
+    indices, in_features, dtype = args[0], args[6], args[13]
+    return indices.new_empty((indices.shape[0], in_features), dtype=dtype)
+
+
+@torch.library.register_fake("hf_vq::gptvq_linear")
+def _linear_fake(x: Tensor, indices: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], indices.shape[0]))
+
+
+# ----------------------------------------------------------------------------------------- gradients
+
+
+def _codebook_gradients(
+    grad_weight: Tensor, needed: tuple[bool, ...], packed: tuple[Any, ...], geometry: tuple[Any, ...]
+) -> list[Tensor | None]:
+    """Gradients of the six packed tensors, given that of the dense weight (out, in)."""
+    indices, codebooks, codebook_scales, codebook_basis, scale_codes, scale_grid = packed
+    vector_dim, k, group_rows, group_columns, scale_block, log_scales = geometry
+    shape = torch.Size((*codebooks.shape[:2], k, vector_dim))
+    num_vectors = -(-grad_weight.shape[1] // vector_dim)
+
+    grad = grad_weight.float()
+    if scale_codes is not None:
+        grad = grad.clone()
+        _scale_columns_(grad, _scales(scale_codes, scale_grid, log_scales), scale_block)
+    grad = F.pad(grad, (0, num_vectors * vector_dim - grad.shape[1]))
+    flat = _entry_numbers(indices, shape, num_vectors, group_columns // vector_dim, group_rows)
+    values = grad.new_zeros((shape.numel() // vector_dim, vector_dim))
+    values = values.index_add(0, flat.flatten(), grad.reshape(-1, vector_dim)).view(shape)
+
+    out: list[Tensor | None] = [None] * 6
+    scaled = values if codebook_scales is None else values * codebook_scales.float()[..., None, None]
+    if needed[1]:
+        stored = scaled
+        if codebook_basis is not None:
+            stored = scaled.squeeze(-1) @ codebook_basis.float().T
+        out[1] = stored.to(codebooks.dtype)
+    if needed[2]:
+        unscaled = expand_codebooks(codebooks, None, codebook_basis, k, vector_dim)
+        out[2] = (values * unscaled).sum((-2, -1)).to(codebook_scales.dtype)
+    if needed[3]:
+        factors = codebooks.float().flatten(0, 1)
+        out[3] = (factors.T @ scaled.reshape(-1, k)).to(codebook_basis.dtype)
+    return out
+
+
+def _dequantize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.geometry = inputs[7:13]
+
+
+def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    packed = _codebook_gradients(grad, ctx.needs_input_grad[:6], ctx.saved_tensors, ctx.geometry)
+    return (*packed, *[None] * 8)
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed = inputs[0], inputs[1:7]
+    ctx.trains_packed = any(ctx.needs_input_grad[1:7])
+    # Only the gradients of codebooks look at the activations.
+    ctx.save_for_backward(x if ctx.trains_packed else None, *packed)
+    ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
+    ctx.bias_dtype = None if inputs[7] is None else inputs[7].dtype
+    ctx.geometry = inputs[8:]
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, *packed = ctx.saved_tensors
+    grad_x = grad_bias = None
+    grad_packed: list[Tensor | None] = [None] * 6
+    if ctx.needs_input_grad[0]:
+        weight = gptvq_dequantize(*packed, ctx.in_features, *ctx.geometry, ctx.dtype)
+        grad_x = grad @ weight
+    tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
+    if ctx.trains_packed:
+        grad_weight = tokens.T.float() @ x.reshape(-1, ctx.in_features).float()
+        grad_packed = _codebook_gradients(
+            grad_weight, ctx.needs_input_grad[1:7], tuple(packed), ctx.geometry
+        )
+    if ctx.needs_input_grad[7]:
+        grad_bias = tokens.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return (grad_x, *grad_packed, grad_bias, *[None] * 6)
+
+
+torch.library.register_autograd(
+    "hf_vq::gptvq_dequantize", _dequantize_backward, setup_context=_dequantize_context
+)
+torch.library.register_autograd(
+    "hf_vq::gptvq_linear", _linear_backward, setup_context=_linear_context
+)
