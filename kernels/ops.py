@@ -241,11 +241,14 @@ def _linear_fake(x: Tensor, indices: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], indices.shape[0]))
 
 
-# ----------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def _codebook_gradients(
-    grad_weight: Tensor, needed: tuple[bool, ...], packed: tuple[Any, ...], geometry: tuple[Any, ...]
+    grad_weight: Tensor,
+    needed: tuple[bool, ...],
+    packed: tuple[Any, ...],
+    geometry: tuple[Any, ...],
 ) -> list[Tensor | None]:
     """Gradients of the six packed tensors, given that of the dense weight (out, in)."""
     indices, codebooks, codebook_scales, codebook_basis, scale_codes, scale_grid = packed
@@ -263,7 +266,9 @@ def _codebook_gradients(
     values = values.index_add(0, flat.flatten(), grad.reshape(-1, vector_dim)).view(shape)
 
     out: list[Tensor | None] = [None] * 6
-    scaled = values if codebook_scales is None else values * codebook_scales.float()[..., None, None]
+    scaled = values
+    if codebook_scales is not None:
+        scaled = values * codebook_scales.float()[..., None, None]
     if needed[1]:
         stored = scaled
         if codebook_basis is not None:
@@ -303,7 +308,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = grad_bias = None
     grad_packed: list[Tensor | None] = [None] * 6
     if ctx.needs_input_grad[0]:
-        weight = gptvq_dequantize(*packed, ctx.in_features, *ctx.geometry, ctx.dtype)
+        weight = torch.ops.hf_vq.gptvq_dequantize(
+            *packed, ctx.in_features, *ctx.geometry, ctx.dtype
+        )
         grad_x = grad @ weight
     tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
     if ctx.trains_packed:

@@ -1,7 +1,7 @@
 """What the operators compute, in plain differentiable fp32 torch. Speed does not matter here.
 
-The tensors are those of the gptvq v1 format (docs/format.md). Weight (i, j) of the matrix belongs to
-row group i // group_rows, stripe j // group_columns, vector j // vector_dim of its row and scale
+The tensors are those of the gptvq v1 format (docs/format.md). Weight (i, j) of the matrix belongs
+to row group i // group_rows, stripe j // group_columns, vector j // vector_dim of its row and scale
 block j // scale_block:
 
     weight[i, j] = codebook[stripe, group, index, j mod vector_dim] * scale[i, block]
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """`tensor` in float64, where codebook values and scales are evaluated before their one rounding."""
+    """`tensor` in float64: codebook values and scales are evaluated there, then rounded once."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()  # mps: no float64
 
 
@@ -79,9 +79,7 @@ def gptvq_dequantize(
 
     row = torch.arange(indices.shape[0], device=device)[:, None]
     column = torch.arange(in_features, device=device)[None, :]
-    values = expand_codebooks(
-        codebooks, codebook_scales, codebook_basis, num_centroids, vector_dim
-    )
+    values = expand_codebooks(codebooks, codebook_scales, codebook_basis, num_centroids, vector_dim)
     weight = values[
         column // group_columns,
         row // group_rows,

@@ -55,9 +55,7 @@ class Format:
         ]
         if not problems:
             try:
-                return self.spec_class(
-                    out_features=out_features, in_features=in_features, **fields
-                )
+                return self.spec_class(out_features=out_features, in_features=in_features, **fields)
             except (ValueError, TypeError) as error:
                 problems.append(str(error))
         raise FormatError(
@@ -67,7 +65,5 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "gptvq": Format(
-        gptvq.GPTVQSpec, gptvq.FORMAT_VERSION, gptvq.pack, gptvq.unpack, gptvq.check
-    ),
+    "gptvq": Format(gptvq.GPTVQSpec, gptvq.FORMAT_VERSION, gptvq.pack, gptvq.unpack, gptvq.check),
 }

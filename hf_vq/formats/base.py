@@ -54,7 +54,7 @@ class LayerSpec(ABC):
         return 8 * self.nbytes / self.num_weights
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that `config.json` stores: all but the shape, which the model already knows."""
+        """The fields that `config.json` stores: all but the shape, which the model knows."""
         fields = dataclasses.asdict(self)
         del fields["out_features"], fields["in_features"]
         return fields

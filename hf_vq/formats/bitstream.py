@@ -38,9 +38,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     periods = math.ceil(n / codes_per_period)
     padded = torch.nn.functional.pad(values, (0, periods * codes_per_period - n))
     padded = padded.view(*rows, periods, codes_per_period)
-    words = torch.zeros(
-        (*rows, periods, words_per_period), dtype=torch.int64, device=values.device
-    )
+    words = torch.zeros((*rows, periods, words_per_period), dtype=torch.int64, device=values.device)
     for code in range(codes_per_period):
         word, offset = divmod(code * bits, 32)
         words[..., word] |= (padded[..., code] << offset) & 0xFFFFFFFF

@@ -123,16 +123,14 @@ class GPTVQSpec(LayerSpec):
         if self.svd_rank:
             dtype = {"int8": torch.int8, "float16": torch.float16}[self.codebook_dtype]
             out["codebook_factors"] = TensorLayout((*groups, self.svd_rank), dtype)
-            out["codebook_basis"] = TensorLayout(
-                (self.svd_rank, self.num_centroids), torch.float16
-            )
+            out["codebook_basis"] = TensorLayout((self.svd_rank, self.num_centroids), torch.float16)
         elif self.codebook_dtype == "int4":
             out["codebooks"] = TensorLayout((*groups, ceil(entries * 4 / 32)), torch.int32)
         else:
             dtype = {"int8": torch.int8, "float16": torch.float16}[self.codebook_dtype]
             out["codebooks"] = TensorLayout((*groups, self.num_centroids, self.vector_dim), dtype)
         if self.codebook_dtype != "float16":
-            # bfloat16: the integers are fitted to the rounded scale, so range matters, digits do not
+            # bfloat16: the integers are fitted to the rounded scale; range matters, digits do not
             out["codebook_scales"] = TensorLayout(groups, torch.bfloat16)
         if self.scale_block:
             blocks = self.num_scale_blocks

@@ -59,6 +59,6 @@ def check_layout(tensors: Mapping[str, Tensor], spec: LayerSpec, where: str) -> 
     if problems:
         raise FormatError(
             f"{where}: {'; '.join(problems)}. The file does not match its config.json "
-            f"({spec.method}, {spec.out_features}x{spec.in_features}): it is incomplete, damaged or "
-            "belongs to another model; download or quantize it again."
+            f"({spec.method}, {spec.out_features}x{spec.in_features}): it is incomplete, damaged "
+            "or belongs to another model; download or quantize it again."
         )
