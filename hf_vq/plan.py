@@ -1,0 +1,227 @@
+"""config + model shapes -> what every matrix becomes, to the byte, before anything runs.
+
+Needs shapes only, so it works on a model on the meta device. A matrix is a parameter with two or
+more dimensions; the plan accounts for every one of them, the packed and the dense.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hf_vq.configs import VQConfig
+from hf_vq.engine.blocks import find_blocks
+from hf_vq.formats.base import LayerSpec
+from hf_vq.patterns import matches
+from hf_vq.registry import get_method
+
+
+class PlanError(ValueError):
+    """The model cannot be quantized as asked; says which matrix, why, and what to do."""
+
+
+class LedgerRow(NamedTuple):
+    """One matrix: its size now and what it will cost. bits: per weight, all-in."""
+
+    name: str
+    shape: tuple[int, ...]
+    params: int
+    dense_bytes: int
+    bytes: int
+    bits: float
+    reason: str  # why it stays dense; "" for a packed matrix
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Rows for every matrix, and totals; sizes in bytes, vectors (norms, biases) in the totals."""
+
+    rows: list[LedgerRow]
+    packed_params: int
+    packed_bytes: int
+    model_params: int
+    model_bytes: int
+    model_dense_bytes: int
+
+    @property
+    def decoder_bits(self) -> float:
+        """All-in bits per weight over the quantized matrices."""
+        return 8 * self.packed_bytes / max(self.packed_params, 1)
+
+    @property
+    def model_bits(self) -> float:
+        """Bits per parameter over the whole model, tied weights counted once."""
+        return 8 * self.model_bytes / max(self.model_params, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals, as plain JSON values."""
+        return {
+            "decoder_bits": self.decoder_bits,
+            "model_bits": self.model_bits,
+            "packed_params": self.packed_params,
+            "packed_bytes": self.packed_bytes,
+            "model_params": self.model_params,
+            "model_bytes": self.model_bytes,
+            "model_dense_bytes": self.model_dense_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every matrix becomes.
+
+    layers: module name -> spec, in execution order of the model's definition.
+    dense: parameter or module name -> why it is left as it is.
+    """
+
+    layers: dict[str, LayerSpec]
+    dense: dict[str, str]
+    _rows: list[LedgerRow] = field(repr=False)
+    _other: tuple[int, int] = field(repr=False)  # parameters and bytes outside of the rows
+
+    def ledger(self) -> Ledger:
+        """The exact size of every matrix and of the model."""
+        packed = [row for row in self._rows if not row.reason]
+        params, size = self._other
+        return Ledger(
+            rows=self._rows,
+            packed_params=sum(row.params for row in packed),
+            packed_bytes=sum(row.bytes for row in packed),
+            model_params=params + sum(row.params for row in self._rows),
+            model_bytes=size + sum(row.bytes for row in self._rows),
+            model_dense_bytes=size + sum(row.dense_bytes for row in self._rows),
+        )
+
+
+def make_plan(model: nn.Module, config: VQConfig) -> Plan:
+    """Choose a spec for every matrix that `config` asks to quantize.
+
+    Raises `PlanError` if a pattern matches nothing, a target is out of a matrix's reach, or nothing
+    would be quantized.
+    """
+    method = get_method(config.method)
+    reasons = _reasons(model, config)
+    _check_patterns(model, config)
+    layers: dict[str, LayerSpec] = {}
+    dense: dict[str, str] = {}
+    rows: list[LedgerRow] = []
+    other = [0, 0]
+    seen: set[int] = set()
+    for name, param in model.named_parameters():
+        if id(param) in seen:
+            continue
+        seen.add(id(param))
+        owner, _, leaf = name.rpartition(".")
+        size = param.numel() * param.element_size()
+        if param.ndim < 2:
+            other[0] += param.numel()
+            other[1] += size
+            continue
+        label = owner if leaf == "weight" else name
+        reason = reasons.get(owner) if leaf == "weight" else None
+        if reason is None:
+            reason = _unsupported(name, param)
+        layer = config.for_layer(owner) if reason == "" else None
+        if reason == "" and layer is None:
+            reason = "left dense by overrides"
+        cost, bits = size, 8.0 * param.element_size()
+        if layer is not None:
+            spec = _spec(method.choose_spec, label, tuple(param.shape), layer)
+            layers[label] = spec
+            cost, bits = spec.nbytes, spec.bits_per_weight
+        else:
+            dense[label] = reason
+        rows.append(
+            LedgerRow(label, tuple(param.shape), param.numel(), size, cost, bits, reason)
+        )
+    if not layers:
+        why = "; ".join(f"{n}: {r}" for n, r in list(dense.items())[:5]) or "it has no matrices"
+        raise PlanError(f"nothing to quantize in {type(model).__name__} ({why})")
+    return Plan(layers, dense, rows, (other[0], other[1]))
+
+
+def _spec(choose: Any, name: str, shape: tuple[int, ...], layer: Any) -> LayerSpec:
+    overrides = {f: getattr(layer, f) for f in layer.spec_fields}
+    try:
+        return choose(shape[0], shape[1], layer.bits, overrides)
+    except ValueError as error:
+        raise PlanError(f"{name}: {error}") from None
+
+
+def _reasons(model: nn.Module, config: VQConfig) -> dict[str, str]:
+    """Module name -> why its weight stays dense, "" if it is to be quantized."""
+    blocks = tuple(f"{name}." for name in find_blocks(model))
+    tied = _tied_modules(model)
+    head = _output_embeddings(model)
+    skip = config.modules_to_not_convert or []
+    out: dict[str, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            continue
+        listed = next((p for p in skip if matches(p, name)), None)
+        if isinstance(module, nn.Embedding):
+            out[name] = "an embedding"
+        elif module is head:
+            out[name] = "the output head"
+        elif name in tied:
+            out[name] = "tied to another weight"
+        elif type(module) is not nn.Linear:
+            out[name] = f"a {type(module).__name__}, not a plain nn.Linear"
+        elif not name.startswith(blocks or ("\0",)):
+            out[name] = "outside the decoder blocks"
+        elif listed is not None:
+            out[name] = f"listed in modules_to_not_convert ({listed!r})"
+        else:
+            out[name] = ""
+    return out
+
+
+def _unsupported(name: str, param: torch.Tensor) -> str:
+    if param.ndim == 3:
+        return f"{param.shape[0]} experts' matrices fused into one parameter"
+    return f"a {param.ndim}-dimensional parameter that is no linear layer's weight"
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
+
+
+def _tied_modules(model: nn.Module) -> set[str]:
+    """Modules whose weights are shared, whether or not `tie_weights` has run yet."""
+    keys: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {k.removesuffix(".weight") for pair in keys.items() for k in pair}
+
+
+def _check_patterns(model: nn.Module, config: VQConfig) -> None:
+    """Refuse a pattern that picks no module: it is a typing error, or it is for another model."""
+    names = [name for name, _ in model.named_modules() if name]
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for where, patterns in (
+        ("overrides", list(config.overrides)),
+        ("modules_to_not_convert", config.modules_to_not_convert or []),
+    ):
+        pool = linears if where == "overrides" else names
+        for pattern in patterns:
+            if any(matches(pattern, name) for name in pool):
+                continue
+            raise PlanError(
+                f"{where}: {pattern!r} matches no {'linear layer' if pool is linears else 'module'} "
+                f"of {type(model).__name__}; near: {', '.join(_near(pattern, pool)) or 'nothing'}"
+            )
+
+
+def _near(pattern: str, names: list[str]) -> list[str]:
+    plain = pattern.removeprefix("re:").replace(".*", "").replace("\\", "").strip("*^$")
+    tails: dict[str, str] = {}
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            tails.setdefault(".".join(parts[i:]), name)
+    close = difflib.get_close_matches(plain.strip("."), list(tails), n=3, cutoff=0.5)
+    return list(dict.fromkeys(tails[c] for c in close))

@@ -1,0 +1,71 @@
+"""The methods there are: one line each.
+
+Everything that depends on the method goes through this table, so that adding one means adding a
+line here and nowhere an `if`. The parts are named, not imported, so that asking for one (a config,
+say) does not import the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where the parts of a method live, as "module:attribute"."""
+
+    name: str
+    config_path: str
+    spec_path: str
+    choose_spec_path: str
+    quantize_path: str
+
+    @property
+    def config(self) -> type:
+        """Subclass of `hf_vq.configs.VQConfig`."""
+        return _load(self.config_path)
+
+    @property
+    def spec(self) -> type:
+        """Subclass of `hf_vq.formats.base.LayerSpec`."""
+        return _load(self.spec_path)
+
+    @property
+    def choose_spec(self) -> Callable[..., Any]:
+        """(out_features, in_features, bits, overrides) -> spec."""
+        return _load(self.choose_spec_path)
+
+    @property
+    def quantize(self) -> Callable[..., Any]:
+        """(weight, statistics, spec, options, ...) -> codes and what they cost."""
+        return _load(self.quantize_path)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "gptvq",
+            "hf_vq.configs:GPTVQConfig",
+            "hf_vq.formats.gptvq:GPTVQSpec",
+            "hf_vq.methods.gptvq_spec:choose_spec",
+            "hf_vq.methods.gptvq:quantize",
+        ),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`; raises ValueError listing the known ones."""
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise ValueError(f"unknown method {name!r}; hf_vq has {', '.join(METHODS)}") from None

@@ -1,0 +1,72 @@
+"""What one config field may be, with error messages that say the allowed range."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Rule(Protocol):
+    """Checks and normalises the value of a field."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value to store; raises ValueError naming the field and its allowed values."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number in [low, high]; `also` lists single values outside of it."""
+
+    low: float
+    high: float
+    integer: bool = False
+    optional: bool = False
+    also: tuple[float, ...] = ()
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is None and self.optional:
+            return None
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            number = float(value)
+            inside = self.low <= number <= self.high or number in self.also
+            if math.isfinite(number) and inside and not (self.integer and number % 1):
+                # plain Python numbers, because numpy's do not go into JSON
+                return int(value) if self.integer or isinstance(value, numbers.Integral) else number
+        raise ValueError(f"{name}={value!r} must be {self}")
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.integer else "a number"
+        also = "".join(f" or {v:g}" for v in self.also)
+        none = " or None" if self.optional else ""
+        return f"{kind} from {self.low:.15g} to {self.high:.15g}{also}{none}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few values."""
+
+    values: tuple[Any, ...]
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is None and self.optional:
+            return None
+        for known in self.values:
+            if not isinstance(value, bool) and value == known:
+                return known
+        listed = ", ".join(map(repr, self.values))
+        raise ValueError(
+            f"{name}={value!r} must be one of {listed}{' or None' if self.optional else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or False."""
+
+    def check(self, name: str, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
+        return value
