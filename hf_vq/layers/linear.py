@@ -130,7 +130,7 @@ class PackedLinear(nn.Linear):
         """Moves move everything, casts cast the bias alone.
 
         `fn` is what `.to()`, `.half()`, `.to_empty()` and the like do to one tensor. Packed floats
-        go through it as integers of the same width, which no cast touches.
+        go through it as integers of the same width, which casts of a model do not touch.
         """
         keep: set[int] = set()
         for tensor in self.packed().values():
@@ -139,10 +139,12 @@ class PackedLinear(nn.Linear):
                 keep.add(id(tensor.grad))
 
         def moved(tensor: Tensor) -> Tensor:
-            if id(tensor) not in keep or not tensor.is_floating_point():
+            if id(tensor) not in keep:
                 return fn(tensor)
             bits = tensor.detach().view(_BITS[tensor.dtype.itemsize])
             out = fn(bits)
+            if out.dtype != bits.dtype:  # Module.type() casts integers too
+                out = bits.to(out.device)
             return tensor if out is bits else out.view(tensor.dtype)
 
         probe: Any = torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)
