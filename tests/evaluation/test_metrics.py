@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ def tokens_of(count: int, seed: int = 0) -> torch.Tensor:
 
 def brute_perplexity(table: torch.Tensor, rows: torch.Tensor) -> float:
     p = torch.softmax(table.double(), -1)
-    losses = [-math.log(p[a, b]) for row in rows.tolist() for a, b in zip(row, row[1:])]  # noqa: B905
+    losses = [-math.log(p[a, b]) for row in rows.tolist() for a, b in itertools.pairwise(row)]
     return math.exp(sum(losses) / len(losses))
 
 

@@ -1,0 +1,100 @@
+"""`hf-vq quantize`: load with a config, save."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_vq.cli.common import (
+    check_model,
+    check_output_folder,
+    load_tokenizer,
+    one_line_errors,
+    stderr,
+)
+from hf_vq.cli.options import with_config_options
+from hf_vq.registry import METHODS
+
+
+@with_config_options
+@one_line_errors
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the original model.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the packed model.")],
+    method: Annotated[str, typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = "gptvq",
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: a .txt, .jsonl or .npy file, or a datasets id. Unset: without "
+            "data (much worse)."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not MODEL's own.")
+    ] = None,
+    modules_to_not_convert: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or pattern of modules to leave dense; repeatable."),
+    ] = None,
+    overrides: Annotated[
+        str | None,
+        typer.Option(help='Fields per layer, as JSON: {"re:.*down_proj": {"vector_dim": 2}}.'),
+    ] = None,
+    calibration_device: Annotated[
+        str | None, typer.Option(help="Where blocks are calibrated; unset: a GPU if there is one.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help='As in from_pretrained: "auto", "cpu", "cuda:0".')
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the Hub.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of the packed model.")] = "5GB",
+    *,
+    fields: dict[str, Any],
+) -> None:
+    """Quantize MODEL and save it to OUT, with its tokenizer."""
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        raise typer.BadParameter(f"{method!r} is not one of {known}", param_hint="--method")
+    config_class = METHODS[method].config
+    foreign = sorted(fields.keys() - config_class.rules.keys())  # type: ignore[attr-defined]
+    if foreign:
+        raise typer.BadParameter(f"{method} has no field {foreign[0]}", param_hint="--method")
+    check_model(model)
+    check_output_folder(out, model)
+    where = {} if revision is None else {"revision": revision}
+    text_tools = load_tokenizer(tokenizer or model, **({} if tokenizer else where))
+    if tokenizer is not None and text_tools is None:
+        raise OSError(f"there is no tokenizer at {tokenizer}")
+    config = config_class(
+        **fields,
+        dataset=dataset,
+        tokenizer=text_tools,
+        modules_to_not_convert=modules_to_not_convert or None,
+        overrides=_json(overrides),
+        calibration_device=calibration_device,
+    )
+
+    from transformers import AutoModelForCausalLM
+
+    packed = AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=config, device_map=device_map, dtype=dtype, **where
+    )
+    packed.save_pretrained(out, max_shard_size=max_shard_size)
+    if text_tools is None:
+        stderr.print(f"note: {model} has no tokenizer, so {out} has none", markup=False)
+    else:
+        text_tools.save_pretrained(out)
+    print(f"saved {out}; next: hf-vq inspect {out}")
+
+
+def _json(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"no valid JSON: {error}", param_hint="--overrides") from None

@@ -1,0 +1,211 @@
+"""What is in a packed checkpoint, read from its config, its report and the files' headers alone.
+
+No weight is read: a safetensors file begins with the length of its header (8 bytes, little endian)
+and the header, JSON that gives every tensor's dtype, shape and place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_vq.registry import get_method
+
+REPORT_NAME = "quantization_report.json"
+
+
+class StoredTensor(NamedTuple):
+    """One entry of a safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """One packed matrix: what it was, what it takes, and how well it is represented."""
+
+    name: str
+    out_features: int
+    in_features: int
+    nbytes: int
+    relative_error: float | None = None
+    seconds: float | None = None
+
+    @property
+    def num_weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All-in: everything the matrix is rebuilt from, over its weights."""
+        return 8 * self.nbytes / self.num_weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The size ledger of a packed checkpoint.
+
+    Attributes:
+        method: name of the method.
+        settings: the stored config, without the list of layers.
+        matrices: the packed matrices, in the order of the model.
+        dense: every other stored tensor, name -> `StoredTensor`.
+        file_bytes: size of all weight files, headers included.
+        report: the JSON written while quantizing, or None where it is missing.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    matrices: list[PackedMatrix]
+    dense: dict[str, StoredTensor]
+    file_bytes: int
+    report: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(m.nbytes for m in self.matrices)
+
+    @property
+    def packed_weights(self) -> int:
+        return sum(m.num_weights for m in self.matrices)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(t.nbytes for t in self.dense.values())
+
+    @property
+    def dense_weights(self) -> int:
+        return sum(math.prod(t.shape) for t in self.dense.values())
+
+    @property
+    def packed_bits(self) -> float:
+        """Bits per weight over the packed matrices, all-in."""
+        return 8 * self.packed_bytes / self.packed_weights
+
+    @property
+    def model_bits(self) -> float:
+        """Bits per weight over everything stored, dense tensors included."""
+        total = self.packed_bytes + self.dense_bytes
+        return 8 * total / (self.packed_weights + self.dense_weights)
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read the ledger of the packed model in `folder`.
+
+    Raises:
+        ValueError: the folder holds no packed model, or its files and its config disagree.
+        OSError: a file is missing or cannot be read.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = dict(config.get("quantization_config") or {})
+    groups = settings.pop("layers", None)
+    if not groups:
+        raise ValueError(
+            f"{folder} holds no model packed by hf_vq: its config lists no packed layers"
+        )
+    method = get_method(str(settings.get("quant_method")))
+    files = _weight_files(folder)
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        stored.update(read_header(file))
+    report_file = folder / REPORT_NAME
+    report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else None
+    measured = {row["name"]: row for row in _report_rows(report)}
+    shapes = _linear_shapes(folder)
+    matrices, dense = [], dict(stored)
+    for group in groups:
+        fields = {k: v for k, v in group.items() if k != "modules"}
+        for name in group["modules"]:
+            if name not in shapes:
+                raise ValueError(
+                    f"{name} is listed as packed, but the architecture has no such layer"
+                )
+            spec = method.spec(*shapes[name], **fields)
+            nbytes = 0
+            for part, layout in spec.layout().items():
+                tensor = dense.pop(f"{name}.{part}", None)
+                if tensor is None or tensor.shape != layout.shape:
+                    found = "is missing" if tensor is None else f"has shape {tensor.shape}"
+                    raise ValueError(
+                        f"{name}.{part} {found}, its config asks for {layout.shape}: the files of "
+                        f"{folder} are incomplete or damaged; quantize or download it again"
+                    )
+                nbytes += tensor.nbytes
+            row = measured.get(name, {})
+            matrices.append(
+                PackedMatrix(
+                    name, *shapes[name], nbytes, row.get("relative_error"), row.get("seconds")
+                )
+            )
+    order = {name: i for i, name in enumerate(shapes)}
+    matrices.sort(key=lambda m: order[m.name])
+    return Checkpoint(
+        method=method.name,
+        settings=settings,
+        matrices=matrices,
+        dense=dense,
+        file_bytes=sum(file.stat().st_size for file in files),
+        report=report,
+    )
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Name -> dtype, shape and bytes of a safetensors file; raises ValueError if it is cut off."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise ValueError(f"{file} is truncated: its header is incomplete")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file} is no safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise ValueError(f"{file} has {size:,} bytes, its header describes {end:,}: it is damaged")
+    return {
+        name: StoredTensor(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return [folder / "model.safetensors"]
+
+
+def _report_rows(report: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return [] if report is None else report.get("matrices", [])
+
+
+def _linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every linear layer, from the architecture on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # only the shapes of the original are wanted
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
