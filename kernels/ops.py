@@ -107,21 +107,30 @@ _WIDE = {
 }
 
 
+# Vectors decoded at once; 2**25 where a device is not named.
+_VECTORS_AT_ONCE = {"cpu": 2**17}
+
+
 def _entry_numbers(
     indices: Tensor,
     shape: torch.Size,
     num_vectors: int,
     vectors_per_stripe: int,
     group_rows: int,
+    first_row: int = 0,
 ) -> Tensor:
-    """Row of every vector in the stacked codebooks of `shape` (S, G, k, d): (out, num_vectors)."""
+    """Row of every vector in the stacked codebooks of `shape` (S, G, k, d): (rows, num_vectors).
+
+    `indices` are those of the rows from `first_row` on.
+    """
     stripes, groups, k, _ = shape
     device = indices.device
     flat = unpack_bits(indices, (k - 1).bit_length(), num_vectors)
     dtype = torch.int32 if stripes * groups * k < 2**31 else torch.int64
     flat = flat.to(dtype)
     if groups > 1:
-        group = torch.arange(indices.shape[0], device=device, dtype=dtype) // group_rows
+        row = torch.arange(first_row, first_row + indices.shape[0], device=device, dtype=dtype)
+        group = row // group_rows
         flat = flat + (group * k)[:, None]
     if stripes > 1:
         stripe = torch.arange(num_vectors, device=device, dtype=dtype) // vectors_per_stripe
@@ -186,19 +195,25 @@ def _dequantize_default(
     dtype: torch.dtype,
 ) -> Tensor:
     table = expand_codebooks(codebooks, codebook_scales, codebook_basis, num_centroids, vector_dim)
-    num_vectors = -(-in_features // vector_dim)
-    flat = _entry_numbers(
-        indices, table.shape, num_vectors, group_columns // vector_dim, group_rows
-    )
-    table = table.view(-1, vector_dim)
+    shape, table = table.shape, table.view(-1, vector_dim)
+    rows, num_vectors = indices.shape[0], -(-in_features // vector_dim)
     if scale_codes is None or scale_grid is None:
         # Rounding before the look-up gives the same numbers and moves fewer bytes.
-        weight = _look_up(table.to(dtype), flat)[:, :in_features]
-    else:
-        weight = _look_up(table, flat)[:, :in_features]
-        _scale_columns_(weight, _scales(scale_codes, scale_grid, log_scales), scale_block)
-        weight = weight.to(dtype)
-    return weight.contiguous()
+        table = table.to(dtype)
+    weight = torch.empty((rows, in_features), dtype=dtype, device=indices.device)
+    # In slices, so that what is held besides the result stays small (and in the CPU's cache).
+    step = max(1, _VECTORS_AT_ONCE.get(indices.device.type, 2**25) // num_vectors)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        flat = _entry_numbers(
+            indices[part], shape, num_vectors, group_columns // vector_dim, group_rows, start
+        )
+        values = _look_up(table, flat)[:, :in_features]
+        if scale_codes is not None and scale_grid is not None:
+            scales = _scales(scale_codes[part], scale_grid, log_scales)
+            _scale_columns_(values, scales, scale_block)
+        weight[part] = values
+    return weight
 
 
 @torch.library.impl("hf_vq::gptvq_linear", "CompositeExplicitAutograd")

@@ -51,6 +51,19 @@ def test_dequantize_equals_reference_exactly(spec: GPTVQSpec, seed: int) -> None
         assert ours.is_contiguous()
 
 
+@pytest.mark.parametrize("vectors", [1, 100, 700])
+@pytest.mark.parametrize("name", ODD_SPECS)
+def test_decoding_in_slices_changes_nothing(
+    name: str, vectors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ODD_SPECS[name]
+    packed, geometry = arguments(spec)
+    rest = (spec.in_features, *geometry, torch.bfloat16)
+    whole = hf_vq_kernels.gptvq_dequantize(*packed.values(), *rest)
+    monkeypatch.setitem(hf_vq_kernels.ops._VECTORS_AT_ONCE, "cpu", vectors)
+    assert torch.equal(hf_vq_kernels.gptvq_dequantize(*packed.values(), *rest), whole)
+
+
 @pytest.mark.parametrize("name", ODD_SPECS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
