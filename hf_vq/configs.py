@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_vq.formats import FORMATS, check_version
 from hf_vq.patterns import check_pattern, matches
 from hf_vq.rules import Choice, Flag, Number, Rule
 
@@ -45,8 +46,11 @@ class VQConfig(QuantizationConfigMixin):
     """
 
     quant_method: Any
+    bits: float | None
+    seed: int
+    nsamples: int
+    seqlen: int | None
     method: ClassVar[str] = ""
-    format_version: ClassVar[str] = "1.0"
     rules: ClassVar[dict[str, Rule]] = {}
     layer_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that `overrides` may set for single layers."""
@@ -86,7 +90,7 @@ class VQConfig(QuantizationConfigMixin):
     def check(self) -> None:
         """Refuse combinations of fields that cannot work together; raises ValueError."""
 
-    # -- layers -----------------------------------------------------------------------------------
+    # -- layers -------------------------------------------------------------------------
 
     def for_layer(self, name: str) -> VQConfig | None:
         """This config with the overrides for the module `name` applied; None if it stays dense.
@@ -125,8 +129,8 @@ class VQConfig(QuantizationConfigMixin):
                 continue
             if not isinstance(value, dict):
                 raise ValueError(
-                    f"overrides[{pattern!r}] must be a dict of fields, or False to leave the layers "
-                    f"dense; got {value!r}"
+                    f"overrides[{pattern!r}] must be a dict of fields, or False to leave "
+                    f"the layers dense; got {value!r}"
                 )
             for field, wanted in value.items():
                 if field not in self.layer_fields:
@@ -138,7 +142,12 @@ class VQConfig(QuantizationConfigMixin):
                 self.rules[field].check(f"overrides[{pattern!r}].{field}", wanted)
         return overrides
 
-    # -- what quantization recorded -----------------------------------------------------------------
+    @property
+    def format_version(self) -> str:
+        """Version of the on-disk format that this package writes."""
+        return FORMATS[self.method].version
+
+    # -- what quantization recorded -----------------------------------------------------
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -154,7 +163,7 @@ class VQConfig(QuantizationConfigMixin):
         """Whether this config describes a packed checkpoint, not a wish."""
         return bool(self.recorded.get("layers"))
 
-    # -- copies and JSON ----------------------------------------------------------------------------
+    # -- copies and JSON ----------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VQConfig:
         new = object.__new__(type(self))
@@ -203,7 +212,7 @@ class VQConfig(QuantizationConfigMixin):
         recorded = {name: given.pop(name) for name in RECORDED_FIELDS if name in given}
         version = recorded.pop("format_version", None)
         if version is not None:
-            cls._check_format_version(version)
+            check_version(version, FORMATS[cls.method].version, cls.method)
         unknown = {}
         if version is not None or recorded.get("layers"):
             known = {*cls.rules, *RUNTIME_FIELDS, "modules_to_not_convert", "overrides"}
@@ -212,27 +221,24 @@ class VQConfig(QuantizationConfigMixin):
         config.recorded, config.unknown = recorded, unknown
         return (config, {}) if return_unused_kwargs else config
 
-    @classmethod
-    def _check_format_version(cls, version: Any) -> None:
-        major = str(version).split(".")[0]
-        ours = cls.format_version.split(".")[0]
-        if not major.isdigit() or int(major) > int(ours) or int(major) < 1:
-            raise ValueError(
-                f"this checkpoint is in version {version} of the {cls.method} format; this hf_vq "
-                f"reads versions up to {ours}.x: update it with `pip install -U hf-vq`"
-            )
-
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a config passed for an already packed checkpoint may change about loading it."""
-        return {"dequantize": self.dequantize}
+        """What a config passed for an already packed checkpoint may change about loading it.
+
+        Transformers ignores all other fields, with a warning. `asked_to_quantize` lets the
+        quantizer notice that they were meant to do something.
+        """
+        return {
+            "dequantize": self.dequantize,
+            "asked_to_quantize": not self.dequantize and not self.is_quantized,
+        }
 
 
 class GPTVQConfig(VQConfig):
     """GPTVQ (arXiv 2402.15319): codebooks of vectors of consecutive input columns, error feedback.
 
     Args:
-        bits: all-in target over the quantized weights (codes, codebooks and scales together), 1 to 8.
-            None: whatever `vector_dim`, `index_bits` and `group_size`, then all required, cost.
+        bits: all-in target over the quantized weights (codes, codebooks and scales together), 1 to
+            8. None: whatever `vector_dim`, `index_bits` and `group_size`, then all required, cost.
         vector_dim: weights per vector, 1, 2, 4 or 8. None: chosen per matrix.
         index_bits: bits per vector's index, 1 to 16; a codebook has 2**index_bits vectors.
         group_size: weights that share one codebook, 8 to 2**31.
@@ -365,7 +371,6 @@ class GPTVQConfig(VQConfig):
             seqlen=seqlen,
         )
 
-    bits: float | None
     vector_dim: int | None
     index_bits: int | None
     group_size: int | None
@@ -380,9 +385,6 @@ class GPTVQConfig(VQConfig):
     refine_iterations: int
     codebook_update: bool
     true_sequential: bool
-    seed: int
-    nsamples: int
-    seqlen: int | None
 
     def check(self) -> None:
         dim, index_bits = self.vector_dim, self.index_bits
@@ -393,9 +395,9 @@ class GPTVQConfig(VQConfig):
             )
         if dim and index_bits and self.bits is not None and index_bits / dim >= self.bits:
             raise ValueError(
-                f"vector_dim={dim} with index_bits={index_bits} takes {index_bits / dim:g} bits per "
-                f"weight for the indices alone, which leaves nothing of bits={self.bits:g} for the "
-                "codebooks; raise bits, lower index_bits, or pass bits=None"
+                f"vector_dim={dim} with index_bits={index_bits} takes {index_bits / dim:g} bits "
+                f"per weight for the indices alone, which leaves nothing of "
+                f"bits={self.bits:g} for the codebooks; raise bits, lower index_bits, or pass bits=None"
             )
         if dim:
             for name in ("group_columns", "scale_block", "group_size"):
@@ -447,8 +449,9 @@ def _check_names(names: Any) -> list[str] | None:
 def _check_dataset(dataset: Any) -> Any:
     if isinstance(dataset, (bool, int, float)):
         raise ValueError(
-            f"dataset={dataset!r}: pass a list of strings, a .txt, .jsonl or .npy file, a datasets id "
-            "such as 'wikitext:wikitext-2-raw-v1:train', a Dataset, token ids, or None (data-free)"
+            f"dataset={dataset!r}: pass a list of strings, a .txt, .jsonl or .npy file, a datasets "
+            "id such as 'wikitext:wikitext-2-raw-v1:train', a Dataset, token ids, or None "
+            "(data-free)"
         )
     if isinstance(dataset, (str, list, tuple)) and len(dataset) == 0:
         raise ValueError("dataset is empty; pass texts or tokens, or None to quantize without data")
@@ -461,6 +464,7 @@ def _check_device(device: Any) -> Any:
             torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"calibration_device={device!r} is no torch device (such as 'cpu' or 'cuda:0'): {error}"
+                f"calibration_device={device!r} is no torch device, such as 'cpu' or 'cuda:0' "
+                f"({error})"
             ) from None
     return device

@@ -15,9 +15,7 @@ def check_pattern(pattern: Any, where: str) -> None:
         try:
             re.compile(pattern[3:])
         except re.error as error:
-            raise ValueError(
-                f"{where}: {pattern!r} is no regular expression: {error}"
-            ) from None
+            raise ValueError(f"{where}: {pattern!r} is no regular expression: {error}") from None
 
 
 def matches(pattern: str, name: str) -> bool:

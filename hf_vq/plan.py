@@ -135,9 +135,7 @@ def make_plan(model: nn.Module, config: VQConfig) -> Plan:
             cost, bits = spec.nbytes, spec.bits_per_weight
         else:
             dense[label] = reason
-        rows.append(
-            LedgerRow(label, tuple(param.shape), param.numel(), size, cost, bits, reason)
-        )
+        rows.append(LedgerRow(label, tuple(param.shape), param.numel(), size, cost, bits, reason))
     if not layers:
         why = "; ".join(f"{n}: {r}" for n, r in list(dense.items())[:5]) or "it has no matrices"
         raise PlanError(f"nothing to quantize in {type(model).__name__} ({why})")
@@ -210,9 +208,10 @@ def _check_patterns(model: nn.Module, config: VQConfig) -> None:
         for pattern in patterns:
             if any(matches(pattern, name) for name in pool):
                 continue
+            what = "linear layer" if pool is linears else "module"
+            near = ", ".join(_near(pattern, pool)) or "nothing"
             raise PlanError(
-                f"{where}: {pattern!r} matches no {'linear layer' if pool is linears else 'module'} "
-                f"of {type(model).__name__}; near: {', '.join(_near(pattern, pool)) or 'nothing'}"
+                f"{where}: {pattern!r} matches no {what} of {type(model).__name__}; near: {near}"
             )
 
 

@@ -33,7 +33,9 @@ class Number:
             inside = self.low <= number <= self.high or number in self.also
             if math.isfinite(number) and inside and not (self.integer and number % 1):
                 # plain Python numbers, because numpy's do not go into JSON
-                return int(value) if self.integer or isinstance(value, numbers.Integral) else number
+                if self.integer or isinstance(value, numbers.Integral):
+                    return int(value)  # type: ignore[call-overload]
+                return number
         raise ValueError(f"{name}={value!r} must be {self}")
 
     def __str__(self) -> str:

@@ -2,9 +2,10 @@
 
 Bits per weight are index_bits / vector_dim for the codes plus, for int8 codebooks, 8 / n for the
 codebooks, where n is the number of weights per stored codebook number. Among all geometries that
-cost no more than the target, the one with the least expected error is taken. The expected error is
-a fit, not a theory: 4**-rate times a factor per vector dimension (what k-means reaches on Gaussian
-data, relative to 4**-rate) times n**ADAPTATION for how closely the codebooks can follow the weights.
+cost no more than the target, the one with the least expected error is taken. The expected error
+is a fit, not a theory: 4**-rate times a factor per vector dimension (what k-means reaches on
+Gaussian data, relative to 4**-rate) times n**ADAPTATION for how closely the codebooks can follow
+the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from hf_vq.formats.gptvq import GPTVQSpec
 
-# -- Preferences, all of them ------------------------------------------------------------------------
+# -- Preferences, all of them -----------------------------------------------------------
 GAUSSIAN_FACTOR = {1: 1.88, 2: 1.70, 4: 1.57, 8: 1.47}
 """Mean squared error of k-means at 2 bits per weight on unit Gaussian data, times 4**2."""
 ADAPTATION = 0.12
@@ -41,7 +42,7 @@ def choose_spec(
     bits: float | None,
     overrides: dict[str, Any] | None = None,
 ) -> GPTVQSpec:
-    """The geometry of a (out_features, in_features) matrix at no more than `bits` per weight, all-in.
+    """The geometry of a matrix at no more than `bits` per weight, all-in.
 
     `overrides` fixes some of vector_dim, index_bits, group_size, group_columns, codebook_dtype,
     scale_block, scale_domain and svd_rank (None: free). With bits=None, vector_dim, index_bits and
@@ -161,9 +162,7 @@ def _expected_error(spec: GPTVQSpec) -> float:
     return error
 
 
-def _out_of_reach(
-    rows: int, columns: int, bits: float | None, overrides: dict[str, Any]
-) -> str:
+def _out_of_reach(rows: int, columns: int, bits: float | None, overrides: dict[str, Any]) -> str:
     asked = ", ".join(f"{k}={v!r}" for k, v in overrides.items())
     under = f" with {asked}" if asked else ""
     reachable = [
@@ -177,6 +176,6 @@ def _out_of_reach(
     span = f"{low:.3f} to {max(high, low):.3f}"
     return (
         f"bits={bits:g} is out of reach for a {rows} x {columns} matrix{under}; reachable: {span} "
-        "bits per weight, all-in. Raise bits, leave the matrix dense with modules_to_not_convert, or "
-        "give it its own bits with overrides"
+        "bits per weight, all-in. Raise bits, leave the matrix dense with modules_to_not_convert, "
+        "or give it its own bits with overrides"
     )

@@ -1,0 +1,66 @@
+"""Placing a packed model on devices after it was quantized on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import weakref
+from typing import Any
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def needs_offload_folder(device_map: Any) -> bool:
+    """Whether a device map names the disk."""
+    return isinstance(device_map, dict) and "disk" in device_map.values()
+
+
+def dispatch(
+    model: nn.Module, device_map: Any, max_memory: dict | None, offload_folder: str | None
+) -> None:
+    """Do what `from_pretrained(device_map=...)` does, with the sizes of the packed model.
+
+    device_map: None (leave it on the CPU), a {module: device} dict, or one of "auto", "balanced",
+    "balanced_low_0" and "sequential".
+    """
+    if device_map is None:
+        return
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory, get_max_memory
+
+    model.tie_weights()  # type: ignore[operator]
+    no_split = list(getattr(model, "_no_split_modules", None) or ())
+    if isinstance(device_map, str):
+        if device_map == "sequential":
+            memory = get_max_memory(max_memory)
+        else:
+            memory = get_balanced_memory(
+                model,
+                max_memory=max_memory,
+                no_split_module_classes=no_split,
+                low_zero=device_map == "balanced_low_0",
+            )
+        device_map = infer_auto_device_map(
+            model, max_memory=memory, no_split_module_classes=no_split
+        )
+    devices = set(device_map.values())
+    if len(devices) == 1 and "disk" not in devices:
+        model.to(devices.pop())
+        return
+    if "disk" in devices and offload_folder is None:
+        offload_folder = tempfile.mkdtemp(prefix="hf_vq_offload_")
+        weakref.finalize(model, shutil.rmtree, offload_folder, ignore_errors=True)
+        logger.warning(
+            "the packed model does not fit in memory; what is left over is kept in %s as long as "
+            "the model exists (GPTVQConfig(offload_folder=...) chooses another place)",
+            offload_folder,
+        )
+    dispatch_model(
+        model,
+        device_map,
+        offload_dir=offload_folder,
+        skip_keys=getattr(model, "_skip_keys_device_placement", None),
+    )

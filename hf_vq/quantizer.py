@@ -1,0 +1,249 @@
+"""The HfQuantizer: Transformers' hooks, each a few lines that call a room of the package.
+
+Quantize-on-load calibrates in the last hook, on a model that was loaded on the CPU whatever device
+map was asked for: its weights are then memory-mapped views of the files, read block by block, and a
+dispatched model could not be calibrated anyway. The packed model is dispatched afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer
+
+from hf_vq import dispatch, loading
+from hf_vq.configs import VQConfig
+from hf_vq.origin import base_model_of
+
+REPORT_NAME = "quantization_report.json"
+
+
+class VQHfQuantizer(HfQuantizer):
+    """Quantizes on load, or loads what was packed, for every method in `hf_vq.registry`."""
+
+    # True would make Transformers refuse models that are not packed yet
+    requires_calibration = False
+
+    quantization_config: VQConfig
+
+    def __init__(self, quantization_config: VQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.compute_dtype: torch.dtype | None = None
+        self.report: dict[str, Any] | None = None
+        self.report_folder: str | None = None  # set by `hf_vq.saving` while it saves
+        self._device_map: Any = None
+        self._files: list[str] = []
+        self._model: nn.Module | None = None
+        self._plan: Any = None
+        self._samples: torch.Tensor | None = None
+
+    # -- before the weights -------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if self.pre_quantized:
+            if getattr(config, "asked_to_quantize", False):
+                raise ValueError(
+                    "this model is already quantized (its config.json says "
+                    f"{config.method}). To use it, load it without quantization_config; to "
+                    "quantize it differently, start from the original model"
+                    f"{f' ({base})' if (base := config.recorded.get('base_model')) else ''}"
+                )
+            return
+        if config.dequantize:
+            raise ValueError(
+                "dequantize=True is for loading a packed model, and this one is not packed; leave "
+                "it out to quantize"
+            )
+        if dispatch.needs_offload_folder(device_map) and config.offload_folder is None:
+            raise ValueError(
+                "this device_map keeps modules on disk: name a folder for them with "
+                f"{type(config).__name__}(offload_folder=...)"
+            )
+        _refuse_sharded_loading()
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if self.pre_quantized:
+            return device_map
+        self._device_map = device_map
+        return {"": "cpu"}
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.compute_dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        self._files = list(checkpoint_files or [])
+        if self.pre_quantized:
+            loading.swap_in_empty(model, self.quantization_config, self.compute_dtype)
+            self._model = model
+        else:
+            self._prepare(model)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any = None) -> list:
+        # 5.17 does not pass the model; both call this after the packed layers are in place
+        if self._model is not None:
+            loading.verify_files(
+                self._model, self._files, loading_renames(self._model, weight_conversions)
+            )
+            self._model = None
+        return weight_conversions
+
+    # -- after the weights --------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            return self._quantize(model)
+        loading.finish(model)
+        self.report = _read_report(self._files)
+        if self.quantization_config.dequantize:
+            return self._dequantize(model, self.compute_dtype)
+        return model
+
+    def _prepare(self, model: Any) -> None:
+        """Find out what would go wrong before an hour is spent on loading and calibrating."""
+        from hf_vq.engine.calibration import load_calibration
+        from hf_vq.plan import make_plan
+
+        with torch.device("cpu"):  # Transformers builds the model under a meta device context
+            self._plan = make_plan(model, self.quantization_config)
+            text = model.config.get_text_config()
+            self._samples = load_calibration(
+                self.quantization_config,
+                model.name_or_path,
+                getattr(text, "max_position_embeddings", None),
+                getattr(text, "vocab_size", None),
+            )
+            check_sample_size(self._samples, self._plan)
+
+    def _quantize(self, model: Any) -> Any:
+        from hf_vq.engine.report import Reporter
+        from hf_vq.engine.run import quantize_model
+
+        config, plan, samples = self.quantization_config, self._plan, self._samples
+        self._plan = self._samples = None
+        reporter = Reporter()
+        quantize_model(model, plan, samples, config, reporter)
+        record(config, model, samples, self._files)
+        self.report = {**reporter.to_dict(), "ledger": plan.ledger().to_dict(), "dense": plan.dense}
+        self.pre_quantized = True
+        dispatch.dispatch(model, self._device_map, config.max_memory, config.offload_folder)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        from accelerate.utils import align_module_device
+
+        for name, layer in loading.packed_layers(model).items():
+            with align_module_device(layer):  # brings offloaded tensors back for the moment
+                model.set_submodule(name, layer.to_linear(dtype))
+        return model
+
+    # -- saving -------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called before the config is written: make it describe the layers as they are now."""
+        config = self.quantization_config
+        layers = {n: m.spec for n, m in loading.packed_layers(model).items()}
+        config.layers = loading.layer_entries(layers)
+        if not layers:  # everything was merged or dequantized
+            model.config.__dict__.pop("quantization_config", None)
+            return None, {}
+        model.config.quantization_config = config
+        if self.report is not None and self.report_folder is not None:
+            with open(os.path.join(self.report_folder, REPORT_NAME), "w", encoding="utf-8") as file:
+                json.dump(self.report, file, indent=2)
+                file.write("\n")
+        return None, {"quant_method": config.method, "format_version": config.format_version}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def record(config: VQConfig, model: Any, samples: torch.Tensor | None, files: list[str]) -> None:
+    """Write into `config` what the packed model is, where it comes from and what calibrated it."""
+    from hf_vq import __version__
+    from hf_vq.engine.calibration import describe_dataset
+
+    layers = {n: m.spec for n, m in loading.packed_layers(model).items()}
+    base, revision = base_model_of(model.name_or_path, files)
+    calibration: dict[str, Any] = {"dataset": describe_dataset(config.dataset), "seed": config.seed}
+    if samples is not None:
+        calibration.update(nsamples=samples.shape[0], seqlen=samples.shape[1])
+    config.recorded = {
+        "hf_vq_version": __version__,
+        "base_model": base,
+        "base_model_revision": revision,
+        "calibration": calibration,
+        "layers": loading.layer_entries(layers),
+    }
+
+
+def check_sample_size(samples: torch.Tensor | None, plan: Any) -> None:
+    """Raise ValueError if there are fewer tokens than some matrix has inputs.
+
+    Its Hessian would be singular, and the codes fitted to the few directions that were seen.
+    """
+    if samples is None:
+        return
+    name, spec = max(plan.layers.items(), key=lambda item: item[1].in_features)
+    if samples.numel() < spec.in_features:
+        raise ValueError(
+            f"{samples.numel()} calibration tokens ({samples.shape[0]} x {samples.shape[1]}) are "
+            f"too few for the Hessian of {name}, which has {spec.in_features} inputs: give at "
+            f"least {spec.in_features} tokens, better 100 times as many, or dataset=None"
+        )
+
+
+def loading_renames(model: Any, conversions: list) -> Any:
+    """key in a file -> name in the model, by Transformers' own rules for this model."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+
+    def rename(key: str) -> str:
+        return rename_source_key(key, renamings, converters, prefix, state)[0]
+
+    return rename
+
+
+def _refuse_sharded_loading() -> None:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_enabled
+
+    if is_fsdp_enabled() or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "quantizing while loading needs the whole model in one process, and FSDP or DeepSpeed "
+            "ZeRO-3 loads pieces of it; quantize and save first, then load the packed model"
+        )
+
+
+def _read_report(files: list[str]) -> dict[str, Any] | None:
+    path = os.path.join(os.path.dirname(files[0]), REPORT_NAME) if files else ""
+    try:
+        with open(path, encoding="utf-8") as file:
+            report = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) else None

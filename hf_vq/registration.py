@@ -1,0 +1,68 @@
+"""The only file that writes into other libraries' tables; nothing but `hf_vq` imports it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import transformers.quantizers.auto as auto
+from transformers.utils import logging
+
+from hf_vq.quantizer import VQHfQuantizer
+from hf_vq.registry import METHODS
+
+logger = logging.get_logger(__name__)
+
+
+def register() -> None:
+    """Make Transformers know the methods of `hf_vq.registry`. Calling it again changes nothing."""
+    for name, method in METHODS.items():
+        config = method.config
+        present = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(name)
+        if present is not None and not present.__module__.startswith("hf_vq."):
+            logger.warning("hf_vq replaces %s as the quantization method %r", present, name)
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = config
+        auto.AUTO_QUANTIZER_MAPPING[name] = VQHfQuantizer
+        # a closed tuple that is read when a packed model is loaded with a config of its own
+        others = tuple(
+            c
+            for c in auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+            if (c.__module__, c.__qualname__) != (config.__module__, config.__qualname__)
+        )
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, config)  # type: ignore[assignment]
+    _wrap_save_pretrained()
+
+
+def _wrap_save_pretrained() -> None:
+    """Let packed models be saved by `hf_vq.saving`; every other model as before.
+
+    The class is wrapped, not the instances, because those are deep-copied.
+    """
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.save_pretrained
+    if getattr(original, "_hf_vq_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        from hf_vq.saving import save_atomically
+
+        if args or not _saves_here(self, save_directory, kwargs):
+            return original(self, save_directory, *args, **kwargs)
+        return save_atomically(original, self, save_directory, **kwargs)
+
+    save_pretrained._hf_vq_wrapped = True  # type: ignore[attr-defined]
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _saves_here(model: Any, save_directory: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this call writes a whole packed model from this process alone."""
+    return (
+        isinstance(getattr(model, "hf_quantizer", None), VQHfQuantizer)
+        and not getattr(model, "_hf_peft_config_loaded", False)
+        and kwargs.get("is_main_process", True)
+        and not kwargs.get("distributed_checkpoint", False)
+        and not os.path.isfile(save_directory)
+    )
