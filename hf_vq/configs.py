@@ -1,236 +1,13 @@
-"""What a user may ask for, refused where it is written.
-
-A config has three kinds of fields. *Stored* fields are settings and go to `config.json`; *recorded*
-fields are what quantization found out (the layers, the base model, the calibration data) and go
-there too; *runtime* fields (a dataset, a tokenizer, devices) belong to this process only: they are
-never serialised, and shared instead of copied, because Transformers deep-copies configs several
-times on the way to the quantizer and neither generators nor large datasets survive that.
-"""
+"""What a user may ask for, refused where it is written: one config class per method."""
 
 from __future__ import annotations
 
-import copy
-import difflib
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
-from hf_vq.formats import FORMATS, check_version
-from hf_vq.patterns import check_pattern, matches
+from hf_vq.config_base import RECORDED_FIELDS, RUNTIME_FIELDS, VQConfig, refuse_unknown
 from hf_vq.rules import Choice, Flag, Number, Rule
 
-RUNTIME_FIELDS = (
-    "dataset",
-    "tokenizer",
-    "calibration_device",
-    "max_memory",
-    "offload_folder",
-    "dequantize",
-)
-RECORDED_FIELDS = (
-    "format_version",
-    "hf_vq_version",
-    "base_model",
-    "base_model_revision",
-    "calibration",
-    "layers",
-)
-
-
-class VQConfig(QuantizationConfigMixin):
-    """What the configs of all methods share: the target, the calibration data, the exceptions.
-
-    Subclasses name their method, their format version and one `Rule` per stored field.
-    """
-
-    quant_method: Any
-    bits: float | None
-    seed: int
-    nsamples: int
-    seqlen: int | None
-    method: ClassVar[str] = ""
-    rules: ClassVar[dict[str, Rule]] = {}
-    layer_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that `overrides` may set for single layers."""
-
-    def __init__(
-        self,
-        *,
-        modules_to_not_convert: list[str] | None,
-        overrides: dict[str, Any] | None,
-        dataset: Any,
-        tokenizer: Any,
-        calibration_device: Any,
-        max_memory: dict | None,
-        offload_folder: str | None,
-        dequantize: bool,
-        **fields: Any,
-    ) -> None:
-        self.quant_method = self.method
-        for name, value in fields.items():
-            setattr(self, name, value)
-        self.modules_to_not_convert = _check_names(modules_to_not_convert)
-        self.overrides = self._check_overrides(overrides)
-        self.dataset = _check_dataset(dataset)
-        self.tokenizer = tokenizer
-        self.calibration_device = _check_device(calibration_device)
-        self.max_memory = max_memory
-        self.offload_folder = offload_folder
-        self.dequantize = bool(dequantize)
-        self.recorded: dict[str, Any] = {}
-        self.unknown: dict[str, Any] = {}
-        self.check()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        rule = self.rules.get(name)
-        object.__setattr__(self, name, rule.check(name, value) if rule else value)
-
-    def check(self) -> None:
-        """Refuse combinations of fields that cannot work together; raises ValueError."""
-
-    # -- layers -------------------------------------------------------------------------
-
-    def for_layer(self, name: str) -> VQConfig | None:
-        """This config with the overrides for the module `name` applied; None if it stays dense.
-
-        Patterns apply in the order written and later ones win.
-        """
-        changes: dict[str, Any] | None = {}
-        for pattern, value in self.overrides.items():
-            if matches(pattern, name):
-                changes = {**(changes or {}), **value} if isinstance(value, dict) else None
-        if changes is None:
-            return None
-        if not changes:
-            return self
-        layer = object.__new__(type(self))
-        layer.__dict__.update(self.__dict__)
-        for field, value in changes.items():
-            setattr(layer, field, value)
-        try:
-            layer.check()
-        except ValueError as error:
-            raise ValueError(f"overrides for {name}: {error}") from None
-        return layer
-
-    def _check_overrides(self, overrides: dict[str, Any] | None) -> dict[str, Any]:
-        if overrides is None:
-            return {}
-        if not isinstance(overrides, dict):
-            raise ValueError(
-                "overrides must be a dict of {pattern: {field: value}} or {pattern: False}, "
-                f"not {type(overrides).__name__}"
-            )
-        for pattern, value in overrides.items():
-            check_pattern(pattern, "overrides")
-            if value is False:
-                continue
-            if not isinstance(value, dict):
-                raise ValueError(
-                    f"overrides[{pattern!r}] must be a dict of fields, or False to leave "
-                    f"the layers dense; got {value!r}"
-                )
-            for field, wanted in value.items():
-                if field not in self.layer_fields:
-                    raise ValueError(
-                        f"overrides[{pattern!r}] sets {field!r}, which cannot differ between layers"
-                        f"{_suggest(field, self.layer_fields)}; possible fields: "
-                        f"{', '.join(sorted(self.layer_fields))}"
-                    )
-                self.rules[field].check(f"overrides[{pattern!r}].{field}", wanted)
-        return overrides
-
-    @property
-    def format_version(self) -> str:
-        """Version of the on-disk format that this package writes."""
-        return FORMATS[self.method].version
-
-    # -- what quantization recorded -----------------------------------------------------
-
-    @property
-    def layers(self) -> list[dict[str, Any]]:
-        """[{"modules": [names], **fields of their spec}, ...]; empty before quantization."""
-        return self.recorded.get("layers", [])
-
-    @layers.setter
-    def layers(self, value: list[dict[str, Any]]) -> None:
-        self.recorded["layers"] = value
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether this config describes a packed checkpoint, not a wish."""
-        return bool(self.recorded.get("layers"))
-
-    # -- copies and JSON ----------------------------------------------------------------
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> VQConfig:
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = value if key in RUNTIME_FIELDS else copy.deepcopy(value, memo)
-        return new
-
-    def __copy__(self) -> VQConfig:
-        return self.__deepcopy__({})
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.to_dict() == self.to_dict()  # type: ignore[attr-defined]
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the runtime fields, as plain JSON values."""
-        out: dict[str, Any] = {"quant_method": self.method}
-        if self.is_quantized:
-            out["format_version"] = self.format_version
-        for name in (*self.rules, "modules_to_not_convert", "overrides"):
-            out[name] = copy.deepcopy(getattr(self, name))
-        out.update(copy.deepcopy(self.recorded))
-        for name, value in self.unknown.items():
-            out.setdefault(name, copy.deepcopy(value))
-        return out
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        yield from self.to_dict().items()
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Build a config from its JSON form.
-
-        Keys that this version does not know are kept, and written back, if the dict describes a
-        packed checkpoint (a newer writer may have added them); in a dict written by hand they are
-        typing errors and refused. Raises ValueError for a format version with a newer major number.
-        """
-        given = {**config_dict, **kwargs}
-        method = given.pop("quant_method", cls.method)
-        if getattr(method, "value", method) != cls.method:
-            raise ValueError(f"{cls.__name__} reads quant_method {cls.method!r}, not {method!r}")
-        recorded = {name: given.pop(name) for name in RECORDED_FIELDS if name in given}
-        version = recorded.pop("format_version", None)
-        if version is not None:
-            check_version(version, FORMATS[cls.method].version, cls.method)
-        unknown = {}
-        if version is not None or recorded.get("layers"):
-            known = {*cls.rules, *RUNTIME_FIELDS, "modules_to_not_convert", "overrides"}
-            unknown = {name: given.pop(name) for name in list(given) if name not in known}
-        config = cls(**given)
-        config.recorded, config.unknown = recorded, unknown
-        return (config, {}) if return_unused_kwargs else config
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What a config passed for an already packed checkpoint may change about loading it.
-
-        Transformers ignores all other fields, with a warning. `asked_to_quantize` lets the
-        quantizer notice that they were meant to do something.
-        """
-        return {
-            "dequantize": self.dequantize,
-            "asked_to_quantize": not self.dequantize and not self.is_quantized,
-        }
+__all__ = ["RECORDED_FIELDS", "RUNTIME_FIELDS", "GPTVQConfig", "VQConfig"]
 
 
 class GPTVQConfig(VQConfig):
@@ -341,7 +118,7 @@ class GPTVQConfig(VQConfig):
         dequantize: bool = False,
         **unknown: Any,
     ) -> None:
-        _refuse_unknown(type(self), unknown)
+        refuse_unknown(type(self), unknown)
         super().__init__(
             modules_to_not_convert=modules_to_not_convert,
             overrides=overrides,
@@ -396,8 +173,9 @@ class GPTVQConfig(VQConfig):
         if dim and index_bits and self.bits is not None and index_bits / dim >= self.bits:
             raise ValueError(
                 f"vector_dim={dim} with index_bits={index_bits} takes {index_bits / dim:g} bits "
-                f"per weight for the indices alone, which leaves nothing of "
-                f"bits={self.bits:g} for the codebooks; raise bits, lower index_bits, or pass bits=None"
+                "per weight for the indices alone, which leaves nothing of "
+                f"bits={self.bits:g} for the codebooks; raise bits, lower index_bits, or pass "
+                "bits=None"
             )
         if dim:
             for name in ("group_columns", "scale_block", "group_size"):
@@ -417,54 +195,3 @@ class GPTVQConfig(VQConfig):
                     f"svd_rank={self.svd_rank} saves nothing with {2**index_bits} centroids; the "
                     f"range is 1 to {2**index_bits - 1}"
                 )
-
-
-def _suggest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _refuse_unknown(cls: type[VQConfig], unknown: dict[str, Any]) -> None:
-    if unknown:
-        known = (*cls.rules, "modules_to_not_convert", "overrides", *RUNTIME_FIELDS)
-        name = next(iter(unknown))
-        raise ValueError(
-            f"{cls.__name__} has no field {name!r}{_suggest(name, known)}; its fields are "
-            f"{', '.join(known)}"
-        )
-
-
-def _check_names(names: Any) -> list[str] | None:
-    if names is None:
-        return None
-    if isinstance(names, str):
-        names = [names]
-    if not isinstance(names, (list, tuple)):
-        raise ValueError(f"modules_to_not_convert must be a list of names, not {names!r}")
-    for name in names:
-        check_pattern(name, "modules_to_not_convert")
-    return list(names)
-
-
-def _check_dataset(dataset: Any) -> Any:
-    if isinstance(dataset, (bool, int, float)):
-        raise ValueError(
-            f"dataset={dataset!r}: pass a list of strings, a .txt, .jsonl or .npy file, a datasets "
-            "id such as 'wikitext:wikitext-2-raw-v1:train', a Dataset, token ids, or None "
-            "(data-free)"
-        )
-    if isinstance(dataset, (str, list, tuple)) and len(dataset) == 0:
-        raise ValueError("dataset is empty; pass texts or tokens, or None to quantize without data")
-    return dataset
-
-
-def _check_device(device: Any) -> Any:
-    if device is not None:
-        try:
-            torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"calibration_device={device!r} is no torch device, such as 'cpu' or 'cuda:0' "
-                f"({error})"
-            ) from None
-    return device

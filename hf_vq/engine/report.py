@@ -186,8 +186,8 @@ def _resident() -> dict[str, int]:
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file if ":" in line)
-        kib = {key: int(value.split()[0]) for key, value in fields.items()}
-        return {"process": kib["VmRSS"] * 1024, "anonymous": kib["RssAnon"] * 1024}
+        sizes = {"process": fields["VmRSS"], "anonymous": fields["RssAnon"]}
+        return {name: int(size.split()[0]) * 1024 for name, size in sizes.items()}  # "123 kB"
     except (OSError, KeyError, ValueError):
         pass
     import psutil  # comes with accelerate
