@@ -50,7 +50,7 @@ def evaluate(
         if name is not None:
             check_model(name)
     tools = load_tokenizer(tokenizer or out) or (load_tokenizer(against) if against else None)
-    tokens = load_tokens(dataset, tools)[: max_windows * seqlen]
+    tokens = load_tokens(dataset, tools if tools is not None else out)[: max_windows * seqlen]
     if tools is None:
         prompt = ""
 

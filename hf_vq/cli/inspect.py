@@ -39,6 +39,7 @@ def as_dict(c: Checkpoint) -> dict:
             "bits_per_weight": c.packed_bits,
         },
         "dense": {"weights": c.dense_weights, "bytes": c.dense_bytes},
+        "dense_because": (c.report or {}).get("dense"),
         "model_bits_per_weight": c.model_bits,
         "file_bytes": c.file_bytes,
         "layers": [
@@ -96,5 +97,16 @@ def print_checkpoint(c: Checkpoint, console: Console | None = None, layers: bool
     )
     ledger.add_row("files, with their headers", "", f"{c.file_bytes:,}", "")
     console.print(ledger)
+    for reason, names in _reasons(c).items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        console.print(f"dense, {reason}: {shown}", highlight=False, markup=False)
     if c.report is None:
         console.print("no quantization_report.json beside the model: no errors to show")
+
+
+def _reasons(c: Checkpoint) -> dict[str, list[str]]:
+    """Why matrices are dense -> which."""
+    found: dict[str, list[str]] = {}
+    for name, reason in ((c.report or {}).get("dense") or {}).items():
+        found.setdefault(reason, []).append(name)
+    return found

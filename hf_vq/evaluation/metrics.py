@@ -137,7 +137,9 @@ def compare(dense: nn.Module, quantized: nn.Module, tokens: Tensor) -> Compariso
             slices = zip(_float32_slices(reference), _float32_slices(other), strict=True)
             for (_, p_logits), (_, q_logits) in slices:
                 p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
-                kl += F.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum().item()
+                kl += (
+                    F.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum().item()
+                )
                 agree += int((p_logits.argmax(-1) == q_logits.argmax(-1)).sum())
             count += chunk.numel()
     if not math.isfinite(kl):

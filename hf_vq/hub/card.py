@@ -5,8 +5,10 @@ Only figures that were measured appear; where there are none, the card says so.
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -14,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hf_vq.configs import RECORDED_FIELDS
 from hf_vq.registry import get_method
 
+CARD_NAME = "README.md"
 _PLACEHOLDER = "FOLDER_OR_REPOSITORY"
 
 
@@ -67,6 +70,22 @@ def render_card(
         settings=_settings(stored),
     )
     return str(card)
+
+
+def write_card(folder: str | Path, report_name: str = "quantization_report.json") -> bool:
+    """Write README.md into the folder of a packed model that has none; whether it was written.
+
+    An existing card belongs to its author. A folder without a packed model is left alone.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_config")
+    if not stored or not stored.get("layers") or (folder / CARD_NAME).exists():
+        return False
+    report = folder / report_name
+    figures = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
+    (folder / CARD_NAME).write_text(render_card(config, figures), encoding="utf-8")
+    return True
 
 
 def _card_data(

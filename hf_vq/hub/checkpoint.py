@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_vq.formats import FORMATS
 from hf_vq.registry import get_method
 
 REPORT_NAME = "quantization_report.json"
@@ -128,7 +129,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
                 raise ValueError(
                     f"{name} is listed as packed, but the architecture has no such layer"
                 )
-            spec = method.spec(*shapes[name], **fields)
+            spec = FORMATS[method.name].make_spec(*shapes[name], fields, name)
             nbytes = 0
             for part, layout in spec.layout().items():
                 tensor = dense.pop(f"{name}.{part}", None)
