@@ -103,6 +103,7 @@ def make_plan(model: nn.Module, config: VQConfig) -> Plan:
     Raises `PlanError` if a pattern matches nothing, a target is out of a matrix's reach, or nothing
     would be quantized.
     """
+    _check_model(model)
     method = get_method(config.method)
     reasons = _reasons(model, config)
     _check_patterns(model, config)
@@ -140,6 +141,14 @@ def make_plan(model: nn.Module, config: VQConfig) -> Plan:
         why = "; ".join(f"{n}: {r}" for n, r in list(dense.items())[:5]) or "it has no matrices"
         raise PlanError(f"nothing to quantize in {type(model).__name__} ({why})")
     return Plan(layers, dense, rows, (other[0], other[1]))
+
+
+def _check_model(model: nn.Module) -> None:
+    name = type(model).__name__
+    if any(isinstance(getattr(m, "spec", None), LayerSpec) for m in model.modules()):
+        raise PlanError(f"this {name} is already quantized; start from the original model")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise PlanError(f"{name} is an encoder-decoder; hf_vq quantizes decoder-only models")
 
 
 def _spec(choose: Any, name: str, shape: tuple[int, ...], layer: Any) -> LayerSpec:

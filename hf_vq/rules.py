@@ -29,20 +29,19 @@ class Number:
         if value is None and self.optional:
             return None
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            number = float(value)
+            whole = isinstance(value, numbers.Integral)
+            # plain Python numbers, because numpy's do not go into JSON
+            number = int(value) if whole else float(value)  # type: ignore[call-overload]
             inside = self.low <= number <= self.high or number in self.also
             if math.isfinite(number) and inside and not (self.integer and number % 1):
-                # plain Python numbers, because numpy's do not go into JSON
-                if self.integer or isinstance(value, numbers.Integral):
-                    return int(value)  # type: ignore[call-overload]
-                return number
+                return int(number) if self.integer else number
         raise ValueError(f"{name}={value!r} must be {self}")
 
     def __str__(self) -> str:
         kind = "an integer" if self.integer else "a number"
-        also = "".join(f" or {v:g}" for v in self.also)
+        also = "".join(f" or {v}" for v in self.also)
         none = " or None" if self.optional else ""
-        return f"{kind} from {self.low:.15g} to {self.high:.15g}{also}{none}"
+        return f"{kind} from {self.low} to {self.high}{also}{none}"
 
 
 @dataclass(frozen=True)

@@ -121,13 +121,12 @@ def _widths(columns: int, dim: int, overrides: dict[str, Any], which: str) -> li
     if columns <= low:
         return [padded]
     even = [w for w in range(dim, padded + 1, dim) if columns % w == 0 and low <= w <= high]
-    counts = range(math.ceil(columns / high), max(columns // low, 1) + 1)
-    if which == "any":  # every count of wide stripes, where one stripe more or less matters
-        counts = range(1, min(counts.stop, 17))
-    elif even:
-        return even
-    ragged = {math.ceil(math.ceil(columns / n) / dim) * dim for n in counts}
-    return sorted({*even, *ragged})
+    counts = range(math.ceil(columns / high), columns // low + 1)
+    # uneven stripes: where there are few, so that one more or less matters, or nothing else fits
+    typical = round(columns / STRIPE)
+    ragged = [n for n in counts if n <= 16 or (not even and n == typical)]
+    widths = {math.ceil(math.ceil(columns / n) / dim) * dim for n in ragged}
+    return sorted({*even, *widths})
 
 
 def _group_rows(whole: GPTVQSpec, bits: float | None, group_size: int | None) -> int:
