@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hf_vq.hub.card import write_card
+
 _WEIGHTS = re.compile(
     r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?"
     r"|pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?"
@@ -44,6 +46,7 @@ def save_atomically(
         model.hf_quantizer.report_folder = files
         try:
             result = save(model, files, **kwargs)
+            write_card(files, unless_in=target)
         finally:
             model.hf_quantizer.report_folder = None
         if kwargs.get("push_to_hub") and os.path.exists(os.path.join(target, "README.md")):

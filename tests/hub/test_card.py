@@ -82,14 +82,22 @@ def test_a_dense_model_gets_no_card(config):
         render_card(config)
 
 
-def test_written_once_and_only_beside_packed_models(tmp_path):
+def test_a_card_of_one_s_own_is_kept(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(saved_config()))
     (tmp_path / "quantization_report.json").write_text(json.dumps({"ledger": LEDGER}))
     assert write_card(tmp_path)
     assert "2.241" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "quantization_report.json").unlink()
+    assert write_card(tmp_path), "a generated card follows the model"
+    assert "2.241" not in (tmp_path / "README.md").read_text(encoding="utf-8")
     (tmp_path / "README.md").write_text("mine")
     assert not write_card(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "config.json").write_text(json.dumps(saved_config()))
+    assert not write_card(new, unless_in=tmp_path) and not (new / "README.md").exists()
+    assert write_card(new, unless_in=tmp_path / "nothing")
 
 
 def test_no_card_beside_a_dense_model(tmp_path):
