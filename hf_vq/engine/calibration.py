@@ -35,7 +35,7 @@ def load_calibration(
 ) -> torch.Tensor | None:
     """Token windows, int64 (n, seqlen) with n <= config.nsamples, or None without data.
 
-    `config.dataset` is a list or iterable of strings (or of dicts with a "text"), a .txt, .jsonl or
+    `config.dataset` is a list or iterable of strings (or of dicts with "text" or "input_ids"), a .txt, .jsonl or
     .npy file, a `datasets` id "name:config:split", a Dataset, or token ids: a 1-D or 2-D tensor or
     array, or lists of them. "#field" after a .jsonl file or an id names a field other than "text".
     Rows of 2-D tokens are windows; all are taken, in order, if there are no more than nsamples.
@@ -133,7 +133,7 @@ def _as_tokens(dataset: Any) -> torch.Tensor | None:
         return dataset.detach().to("cpu", torch.int64)
     if isinstance(dataset, (list, tuple)) and dataset:
         first = dataset[0]
-        if isinstance(first, int):
+        if isinstance(first, (int, np.integer)):
             return _as_tokens(np.asarray(dataset))
         if isinstance(first, (list, tuple, np.ndarray, torch.Tensor)):
             rows = [_row(sample) for sample in dataset]
@@ -149,8 +149,8 @@ def _row(sample: Any) -> torch.Tensor:
     return tokens.flatten()
 
 
-def _texts(dataset: Any) -> Iterator[str]:
-    """Strings of any text source."""
+def _records(dataset: Any) -> Iterator[str | torch.Tensor]:
+    """Strings, or token ids where the samples are tokenized already, of any source."""
     field = "text"
     if isinstance(dataset, str):
         path = _file_of(dataset)
@@ -163,6 +163,12 @@ def _texts(dataset: Any) -> Iterator[str]:
             "datasets id, a Dataset or token ids"
         )
     for number, record in enumerate(dataset):
+        if isinstance(record, dict) and field not in record and "input_ids" in record:
+            yield _row(record["input_ids"])
+            continue
+        if isinstance(record, (list, tuple, np.ndarray, torch.Tensor)):
+            yield _row(record)
+            continue
         text = record.get(field) if isinstance(record, dict) else record
         if not isinstance(text, str):
             have = f"fields {sorted(record)}" if isinstance(record, dict) else repr(record)[:60]
@@ -237,29 +243,34 @@ def _tokenizer(tokenizer: Any) -> Any:
 
 
 def _tokenize(dataset: Any, tokenizer: Any, enough: int | None) -> torch.Tensor:
-    texts = _texts(dataset)
-    first = next(texts, None)  # a missing file is a clearer complaint than a missing tokenizer
-    if first is None:
-        return torch.empty(0, dtype=torch.int64)
-    tokenizer = _tokenizer(tokenizer)
     found: list[torch.Tensor] = []
     total = 0
-    for chunk in _chunks(itertools.chain([first], texts)):
-        ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-        found.append(torch.as_tensor(ids, dtype=torch.int64))
-        total += len(ids)
+    for piece in _chunks(_records(dataset)):
+        if isinstance(piece, str):
+            # looked for only now: a missing file is a clearer complaint than a missing tokenizer
+            tokenizer = _tokenizer(tokenizer)
+            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            piece = torch.as_tensor(ids, dtype=torch.int64)
+        found.append(piece)
+        total += piece.numel()
         if enough is not None and total >= enough:
             break
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[str]:
+def _chunks(records: Iterable[str | torch.Tensor]) -> Iterator[str | torch.Tensor]:
+    """Strings of about _CHUNK characters, and the token ids between them as they are."""
     held: list[str] = []
     size = 0
-    for text in texts:
-        for start in range(0, len(text), _CHUNK):
-            piece = text[start : start + _CHUNK]
-            held.append(piece if start + _CHUNK < len(text) else piece + "\n\n")
+    for record in records:
+        if not isinstance(record, str):
+            yield from ["".join(held)] if held else []
+            held, size = [], 0
+            yield record
+            continue
+        for start in range(0, len(record), _CHUNK):
+            piece = record[start : start + _CHUNK]
+            held.append(piece if start + _CHUNK < len(record) else piece + "\n\n")
             size += len(piece)
             if size >= _CHUNK:
                 yield "".join(held)
