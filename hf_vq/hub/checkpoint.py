@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_vq.formats import FORMATS
+from hf_vq.quantizer import REPORT_NAME
 from hf_vq.registry import get_method
-
-REPORT_NAME = "quantization_report.json"
 
 
 class StoredTensor(NamedTuple):
