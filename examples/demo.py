@@ -16,11 +16,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_vq
+from hf_vq.cli.common import stdout
 from hf_vq.cli.inspect import print_checkpoint
 from hf_vq.evaluation import evaluate, print_evaluation
 from hf_vq.hub.checkpoint import read_checkpoint
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=2.25, help="all-in bits per weight")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="where files go")
     arguments = parser.parse_args()
-    console = Console()
+    console = stdout()
     logging.disable_progress_bar()
     began = time.perf_counter()
 

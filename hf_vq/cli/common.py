@@ -16,6 +16,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 stderr = Console(stderr=True)
 
 
+def stdout() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough for layers' names in a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
 def one_line_errors(command: Command) -> Command:
     """Turn an exception into one line on stderr and exit code 1 (130 for Ctrl-C).
 

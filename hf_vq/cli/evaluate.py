@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_vq.cli.common import check_model, load_tokenizer, one_line_errors
+from hf_vq.cli.common import check_model, load_tokenizer, one_line_errors, stdout
 from hf_vq.evaluation import evaluate as run_evaluation
 from hf_vq.evaluation import print_evaluation
 
@@ -66,7 +66,7 @@ def evaluate(
         prompt=prompt or None,
         max_new_tokens=max_new_tokens,
     )
-    print_evaluation(result)
+    print_evaluation(result, stdout())
     if json_file is not None:
         record = {"model": out, "original": against, "dataset": dataset, **result.to_dict()}
         json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_vq.cli.common import one_line_errors, packed_folder
+from hf_vq.cli.common import one_line_errors, packed_folder, stdout
 from hf_vq.hub.checkpoint import Checkpoint, read_checkpoint
 
 
@@ -58,13 +59,15 @@ def as_dict(c: Checkpoint) -> dict:
 
 def print_checkpoint(c: Checkpoint, console: Console | None = None, layers: bool = True) -> None:
     """Print the ledger as tables."""
-    console = console or Console()
+    console = console or stdout()
     if layers:
         table = Table(
-            title=f"{len(c.matrices)} matrices packed with {c.method}", title_justify="left"
+            box=box.SIMPLE_HEAD,
+            title=f"{len(c.matrices)} matrices packed with {c.method}",
+            title_justify="left",
         )
         table.add_column("layer", overflow="fold")
-        for name in ("shape", "bytes", "bits", "relative error", "seconds"):
+        for name in ("shape", "bytes", "bits", "rel. error", "seconds"):
             table.add_column(name, justify="right")
         for m in c.matrices:
             table.add_row(
@@ -76,7 +79,7 @@ def print_checkpoint(c: Checkpoint, console: Console | None = None, layers: bool
                 "" if m.seconds is None else f"{m.seconds:.2f}",
             )
         console.print(table)
-    ledger = Table(title="size", title_justify="left")
+    ledger = Table(box=box.SIMPLE_HEAD, title="size", title_justify="left")
     ledger.add_column("")
     for name in ("weights", "bytes", "bits per weight"):
         ledger.add_column(name, justify="right")

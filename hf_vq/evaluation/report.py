@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -106,7 +107,9 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
     """Print the before/after table and the samples."""
     console = console or Console()
     e = evaluation
-    table = Table(title=f"{e.windows} windows of {e.seqlen} tokens", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{e.windows} windows of {e.seqlen} tokens", title_justify="left"
+    )
     table.add_column("")
     both = e.perplexity_dense is not None
     if both:
