@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import weakref
@@ -50,17 +51,27 @@ def dispatch(
     if len(devices) == 1 and "disk" not in devices:
         model.to(devices.pop())
         return
-    if "disk" in devices and offload_folder is None:
-        offload_folder = tempfile.mkdtemp(prefix="hf_vq_offload_")
-        weakref.finalize(model, shutil.rmtree, offload_folder, ignore_errors=True)
-        logger.warning(
-            "the packed model does not fit in memory; what is left over is kept in %s as long as "
-            "the model exists (GPTVQConfig(offload_folder=...) chooses another place)",
-            offload_folder,
-        )
+    if device_map == {"": "disk"}:  # Accelerate finds nothing to write under an empty name
+        device_map = {name: "disk" for name, _ in model.named_children()}
+    folder = _offload_folder(model, offload_folder) if "disk" in devices else None
     dispatch_model(
         model,
         device_map,
-        offload_dir=offload_folder,
+        offload_dir=folder,
         skip_keys=getattr(model, "_skip_keys_device_placement", None),
     )
+
+
+def _offload_folder(model: nn.Module, wanted: str | None) -> str:
+    """A new folder, inside of `wanted`: Accelerate takes an old one's weights for the model's."""
+    if wanted is not None:
+        os.makedirs(wanted, exist_ok=True)
+        return tempfile.mkdtemp(prefix="hf_vq_offload_", dir=wanted)
+    folder = tempfile.mkdtemp(prefix="hf_vq_offload_")
+    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    logger.warning(
+        "the packed model does not fit in memory; what is left over is kept in %s as long as the "
+        "model exists (offload_folder=... in the config chooses another place)",
+        folder,
+    )
+    return folder

@@ -143,7 +143,10 @@ def _header(path: str) -> list[tuple[str, tuple[int, ...], str]]:
         with safe_open(path, framework="pt") as file:
             slices = ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118
             return [(key, tuple(s.get_shape()), s.get_dtype()) for key, s in slices]
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        reason = error.strerror or str(error).partition(":")[0]
+        raise FormatError(f"{path} cannot be read ({reason}); {_AGAIN}") from None
+    except SafetensorError as error:
         raise FormatError(f"{path} is no complete safetensors file ({error}); {_AGAIN}") from None
 
 

@@ -81,7 +81,7 @@ def _build(kind: str) -> PreTrainedModel:
         return MixtralForCausalLM(
             MixtralConfig(
                 hidden_size=64,
-                intermediate_size=52,
+                intermediate_size=56,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
