@@ -128,7 +128,8 @@ def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> 
     if e.prompt is not None:
         for name, sample in (("original", e.sample_dense), ("quantized", e.sample)):
             if sample is not None:
-                console.print(f"[bold]{name}[/bold]: {escape(e.prompt)}[dim]{escape(sample)}[/dim]")
+                flat = escape(" ".join(sample.split()))  # small models like empty lines
+                console.print(f"[bold]{name}[/bold]: {escape(e.prompt)} [dim]{flat}[/dim]")
 
 
 def _number(value: float | None) -> str:
