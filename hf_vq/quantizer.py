@@ -160,7 +160,9 @@ class VQHfQuantizer(HfQuantizer):
             with open(os.path.join(self.report_folder, REPORT_NAME), "w", encoding="utf-8") as file:
                 json.dump(self.report, file, indent=2)
                 file.write("\n")
-        return None, {"quant_method": config.method, "format_version": config.format_version}
+        # no metadata for the files: safetensors writes several entries in random order, and the same
+        # model must give the same bytes
+        return None, {}
 
     def is_serializable(self) -> bool:
         return True

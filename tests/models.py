@@ -114,7 +114,9 @@ def tiny(kind: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0
             for name, param in model.named_parameters():
                 if name.endswith(".bias"):
                     param.normal_(std=0.02)
-    return model.to(dtype).eval()
+                # not model.to(dtype), which would round the rotary tables that loading computes
+                param.data = param.data.to(dtype)
+    return model.eval()
 
 
 def on_meta(kind: str = "llama") -> Any:

@@ -93,7 +93,7 @@ def test_the_file_holds_what_the_plan_says(kind, quantized):
     with safe_open(path / "model.safetensors", "pt") as file:
         keys = set(file.keys())
         size = {k: file.get_tensor(k).nbytes for k in keys}
-        assert file.metadata()["quant_method"] == "gptvq"
+        assert file.metadata() == {"format": "pt"}  # a second entry would make the bytes random
     for name, spec in plan.layers.items():
         assert f"{name}.weight" not in keys
         stored = sum(size[f"{name}.{t}"] for t in spec.layout())

@@ -1,0 +1,96 @@
+"""Registering is idempotent and cheap, and without it nothing is silently wrong for long."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import subprocess
+import sys
+
+import pytest
+import transformers.quantizers.auto as auto
+from transformers import PreTrainedModel
+
+import hf_vq
+import hf_vq.registration
+from hf_vq.configs import GPTVQConfig
+from hf_vq.quantizer import VQHfQuantizer
+from hf_vq.registry import METHODS
+
+
+def tables():
+    return (
+        dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING),
+        dict(auto.AUTO_QUANTIZER_MAPPING),
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
+        PreTrainedModel.save_pretrained,
+    )
+
+
+def test_registered_by_import():
+    for name, method in METHODS.items():
+        assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] is method.config
+        assert auto.AUTO_QUANTIZER_MAPPING[name] is VQHfQuantizer
+        assert method.config in auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+
+
+def test_registering_again_changes_nothing():
+    before = tables()
+    hf_vq.register()
+    hf_vq.register()
+    assert tables() == before
+
+
+def test_reloading_the_module_does_not_wrap_twice():
+    before = PreTrainedModel.save_pretrained
+    importlib.reload(hf_vq.registration).register()
+    assert PreTrainedModel.save_pretrained is before
+    assert auto.LOADING_ATTRIBUTES_CONFIG_TYPES.count(GPTVQConfig) == 1
+
+
+def test_another_librarys_method_is_replaced_with_a_warning(monkeypatch, caplog):
+    class Foreign:
+        pass
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "gptvq", Foreign)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    logger = hf_vq.registration.logger
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        hf_vq.register()
+    assert "Foreign" in caplog.text
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptvq"] is GPTVQConfig
+
+
+def test_config_from_dict_is_ours():
+    stored = GPTVQConfig(3.0).to_dict()
+    assert isinstance(auto.AutoQuantizationConfig.from_dict(copy.deepcopy(stored)), GPTVQConfig)
+
+
+def test_import_is_cheap():
+    """No tuner, no data library, no numba or Triton, no engine, no card templates."""
+    script = (
+        "import sys, hf_vq; heavy = {'peft', 'datasets', 'numba', 'triton', 'typer', 'jinja2',"
+        " 'hf_vq.engine.calibration', 'hf_vq.methods.gptvq', 'accelerate', 'sklearn'};"
+        " import transformers.quantizers.auto;"
+        " print(sorted(heavy & set(sys.modules)))"
+    )
+    alone = "import sys, transformers.quantizers.auto; from transformers import PreTrainedModel;"
+    alone += " print(sorted({'accelerate', 'jinja2', 'sklearn', 'triton'} & set(sys.modules)))"
+    loaded, before = (
+        eval(subprocess.run([sys.executable, "-c", s], check=True, capture_output=True).stdout)
+        for s in (script, alone)
+    )
+    assert set(loaded) <= set(before)  # what Transformers loads is not ours to save
+
+
+@pytest.mark.parametrize("name", hf_vq.__all__)
+def test_public_names_exist(name):
+    assert getattr(hf_vq, name) is not None
+    assert name in dir(hf_vq)
+
+
+def test_unknown_names_do_not():
+    with pytest.raises(AttributeError, match="no attribute 'VPTQConfg'"):
+        hf_vq.VPTQConfg  # noqa: B018
