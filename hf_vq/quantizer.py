@@ -160,8 +160,8 @@ class VQHfQuantizer(HfQuantizer):
             with open(os.path.join(self.report_folder, REPORT_NAME), "w", encoding="utf-8") as file:
                 json.dump(self.report, file, indent=2)
                 file.write("\n")
-        # no metadata for the files: safetensors writes several entries in random order, and the same
-        # model must give the same bytes
+        # no metadata for the files: safetensors writes several entries in random order, and the
+        # same model must give the same bytes
         return None, {}
 
     def is_serializable(self) -> bool:
