@@ -31,6 +31,9 @@ class GPTVQConfig(VQConfig):
         codebook_update: solve for the codebooks once the codes are fixed.
         true_sequential: q/k/v, o, gate/up and down one after another, each on inputs from already
             quantized layers; False: one pass per block.
+        asymmetric_calibration: let every layer aim at what the original model computes, so that it
+            also corrects what the layers before it have lost (GPTAQ, arXiv 2504.02692); costs a
+            second walk through the model. False: aim at the layer's own weight.
         seed: 0 to 2**63-1, for the calibration windows and k-means++.
         nsamples: 1 to 1,000,000 calibration windows.
         seqlen: 8 to 1,048,576 tokens per window. None: the model's context, at most 2048.
@@ -66,6 +69,7 @@ class GPTVQConfig(VQConfig):
         "refine_iterations": Number(0, 100, integer=True),
         "codebook_update": Flag(),
         "true_sequential": Flag(),
+        "asymmetric_calibration": Flag(),
         "seed": Number(0, 2**63 - 1, integer=True),
         "nsamples": Number(1, 1_000_000, integer=True),
         "seqlen": Number(8, 1_048_576, integer=True, optional=True),
@@ -82,6 +86,7 @@ class GPTVQConfig(VQConfig):
     )
     layer_fields: ClassVar[frozenset[str]] = frozenset(rules) - {
         "true_sequential",
+        "asymmetric_calibration",
         "seed",
         "nsamples",
         "seqlen",
@@ -105,6 +110,7 @@ class GPTVQConfig(VQConfig):
         refine_iterations: int = 4,
         codebook_update: bool = True,
         true_sequential: bool = True,
+        asymmetric_calibration: bool = True,
         seed: int = 0,
         nsamples: int = 128,
         seqlen: int | None = None,
@@ -143,6 +149,7 @@ class GPTVQConfig(VQConfig):
             refine_iterations=refine_iterations,
             codebook_update=codebook_update,
             true_sequential=true_sequential,
+            asymmetric_calibration=asymmetric_calibration,
             seed=seed,
             nsamples=nsamples,
             seqlen=seqlen,
@@ -162,6 +169,7 @@ class GPTVQConfig(VQConfig):
     refine_iterations: int
     codebook_update: bool
     true_sequential: bool
+    asymmetric_calibration: bool
 
     def check(self) -> None:
         dim, index_bits = self.vector_dim, self.index_bits

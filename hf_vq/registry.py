@@ -27,6 +27,8 @@ class Method:
     spec_path: str
     choose_spec_path: str
     quantize_path: str
+    options_path: str
+    options_path: str
 
     @property
     def config(self) -> type:
@@ -45,8 +47,18 @@ class Method:
 
     @property
     def quantize(self) -> Callable[..., Any]:
-        """(weight, statistics, spec, options, ...) -> codes and what they cost."""
+        """(weight, statistics, spec, options) -> codes and what they cost."""
         return _load(self.quantize_path)
+
+    @property
+    def options(self) -> type:
+        """Dataclass of the config fields that `quantize` takes; none of them changes the size."""
+        return _load(self.options_path)
+
+    @property
+    def options(self) -> type:
+        """Dataclass of what `quantize` may be told; its fields are fields of the config too."""
+        return _load(self.options_path)
 
 
 METHODS: dict[str, Method] = {
@@ -58,6 +70,8 @@ METHODS: dict[str, Method] = {
             "hf_vq.formats.gptvq:GPTVQSpec",
             "hf_vq.methods.gptvq_spec:choose_spec",
             "hf_vq.methods.gptvq:quantize",
+            "hf_vq.methods.gptvq:GPTVQOptions",
+            "hf_vq.methods.gptvq:GPTVQOptions",
         ),
     )
 }
