@@ -19,6 +19,9 @@ from hf_vq.formats.base import LayerSpec
 from hf_vq.patterns import matches
 from hf_vq.registry import get_method
 
+_MIN_WEIGHTS = 1024
+"""Smaller matrices stay dense: a codebook would cost as much as they do."""
+
 
 class PlanError(ValueError):
     """The model cannot be quantized as asked; says which matrix, why, and what to do."""
@@ -126,6 +129,8 @@ def make_plan(model: nn.Module, config: VQConfig) -> Plan:
         reason = reasons.get(owner) if leaf == "weight" else None
         if reason is None:
             reason = _unsupported(name, param)
+        if reason == "" and param.numel() < _MIN_WEIGHTS:
+            reason = f"too small ({param.numel()} weights)"
         layer = config.for_layer(owner) if reason == "" else None
         if reason == "" and layer is None:
             reason = "left dense by overrides"

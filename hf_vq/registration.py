@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from typing import Any
 
@@ -45,13 +46,16 @@ def _wrap_save_pretrained() -> None:
     if getattr(original, "_hf_vq_wrapped", False):
         return
 
+    names = list(inspect.signature(original).parameters)[2:]  # after self and save_directory
+
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         from hf_vq.saving import save_atomically
 
-        if args or not _saves_here(self, save_directory, kwargs):
+        options = {**dict(zip(names, args, strict=False)), **kwargs}
+        if not _saves_here(self, save_directory, options):
             return original(self, save_directory, *args, **kwargs)
-        return save_atomically(original, self, save_directory, **kwargs)
+        return save_atomically(original, self, save_directory, **options)
 
     save_pretrained._hf_vq_wrapped = True  # type: ignore[attr-defined]
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]

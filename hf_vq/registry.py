@@ -28,7 +28,6 @@ class Method:
     choose_spec_path: str
     quantize_path: str
     options_path: str
-    options_path: str
 
     @property
     def config(self) -> type:
@@ -52,11 +51,6 @@ class Method:
 
     @property
     def options(self) -> type:
-        """Dataclass of the config fields that `quantize` takes; none of them changes the size."""
-        return _load(self.options_path)
-
-    @property
-    def options(self) -> type:
         """Dataclass of what `quantize` may be told; its fields are fields of the config too."""
         return _load(self.options_path)
 
@@ -70,7 +64,6 @@ METHODS: dict[str, Method] = {
             "hf_vq.formats.gptvq:GPTVQSpec",
             "hf_vq.methods.gptvq_spec:choose_spec",
             "hf_vq.methods.gptvq:quantize",
-            "hf_vq.methods.gptvq:GPTVQOptions",
             "hf_vq.methods.gptvq:GPTVQOptions",
         ),
     )

@@ -57,6 +57,13 @@ def test_reasons():
     assert len(llama.layers) == 6
 
 
+def test_matrices_too_small_for_a_codebook_stay_dense():
+    model = on_meta("qwen2")  # one key head of 14 columns
+    plan = make_plan(model, GPTVQConfig(2.75))
+    assert "model.layers.0.self_attn.k_proj" in plan.dense
+    assert "too small (784 weights)" in plan.dense["model.layers.0.self_attn.k_proj"]
+
+
 def test_tied_head_is_counted_once():
     ledger = make_plan(on_meta("llama-tied"), GPTVQConfig(2.75)).ledger()
     assert ledger.model_params == sum(p.numel() for p in tiny("llama-tied").parameters())

@@ -285,6 +285,14 @@ def test_other_models_are_saved_as_before(tmp_path, monkeypatch):
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_positional_arguments(new, target, monkeypatch):
+    before = contents(target.parent)
+    monkeypatch.setattr(WEIGHTS, Fails(OSError(28, "No space left on device"), 1))
+    with pytest.raises(OSError, match="No space"):
+        new.save_pretrained(target, True, None, False, "50KB")
+    assert contents(target.parent) == before
+
+
 def test_other_processes_write_nothing(new, tmp_path):
     new.save_pretrained(tmp_path / "model", is_main_process=False)
     assert not list((tmp_path / "model").glob("*.safetensors"))
