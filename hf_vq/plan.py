@@ -170,6 +170,12 @@ def _reasons(model: nn.Module, config: VQConfig) -> dict[str, str]:
     tied = _tied_modules(model)
     head = _output_embeddings(model)
     skip = config.modules_to_not_convert or []
+    # Transformers would load the scales of a packed layer there in float32
+    wide = [
+        key
+        for field in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for key in getattr(model, field, None) or ()
+    ]
     out: dict[str, str] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -184,6 +190,8 @@ def _reasons(model: nn.Module, config: VQConfig) -> dict[str, str]:
             out[name] = "tied to another weight"
         elif type(module) is not nn.Linear:
             out[name] = f"a {type(module).__name__}, not a plain nn.Linear"
+        elif any(matches(key, name) for key in wide):
+            out[name] = "kept in float32 by the model"
         elif not name.startswith(blocks or ("\0",)):
             out[name] = "outside the decoder blocks"
         elif listed is not None:

@@ -34,7 +34,9 @@ class VQHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.compute_dtype: torch.dtype | None = None
         self.report: dict[str, Any] | None = None
-        self.report_folder: str | None = None  # set by `hf_vq.saving` while it saves
+        # set by `hf_vq.saving` while it saves
+        self.report_folder: str | None = None
+        self.state_dict: dict[str, Any] | None = None
         self._device_map: Any = None
         self._files: list[str] = []
         self._model: nn.Module | None = None
@@ -147,14 +149,17 @@ class VQHfQuantizer(HfQuantizer):
 
     # -- saving -------------------------------------------------------------------------
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Called before the config is written: make it describe the layers as they are now."""
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict | None, dict[str, str]]:
+        """Called before the config is written: make it describe the layers as they are now.
+
+        What it returns replaces the caller's own `state_dict`, so that has to be handed through.
+        """
         config = self.quantization_config
         layers = {n: m.spec for n, m in loading.packed_layers(model).items()}
         config.layers = loading.layer_entries(layers)
         if not layers:  # everything was merged or dequantized
             model.config.__dict__.pop("quantization_config", None)
-            return None, {}
+            return self.state_dict, {}
         model.config.quantization_config = config
         if self.report is not None and self.report_folder is not None:
             with open(os.path.join(self.report_folder, REPORT_NAME), "w", encoding="utf-8") as file:
@@ -162,7 +167,7 @@ class VQHfQuantizer(HfQuantizer):
                 file.write("\n")
         # no metadata for the files: safetensors writes several entries in random order, and the
         # same model must give the same bytes
-        return None, {}
+        return self.state_dict, {}
 
     def is_serializable(self) -> bool:
         return True

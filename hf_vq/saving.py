@@ -43,12 +43,13 @@ def save_atomically(
     with _staging_folder(target) as staging:
         files = os.path.join(staging, "new")
         os.mkdir(files)
-        model.hf_quantizer.report_folder = files
+        quantizer = model.hf_quantizer
+        quantizer.report_folder, quantizer.state_dict = files, kwargs.get("state_dict")
         try:
             result = save(model, files, **kwargs)
             write_card(files, unless_in=target)
         finally:
-            model.hf_quantizer.report_folder = None
+            quantizer.report_folder = quantizer.state_dict = None
         if kwargs.get("push_to_hub") and os.path.exists(os.path.join(target, "README.md")):
             # the upload wrote the remote card here; it does not replace the user's
             os.unlink(os.path.join(files, "README.md"))

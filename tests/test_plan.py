@@ -64,6 +64,13 @@ def test_matrices_too_small_for_a_codebook_stay_dense():
     assert "too small (784 weights)" in plan.dense["model.layers.0.self_attn.k_proj"]
 
 
+def test_modules_kept_in_float32_stay_dense():
+    model = on_meta("llama")
+    model._keep_in_fp32_modules = {"down_proj"}
+    dense = make_plan(model, GPTVQConfig(2.75)).dense
+    assert "float32" in dense["model.layers.0.mlp.down_proj"]
+
+
 def test_tied_head_is_counted_once():
     ledger = make_plan(on_meta("llama-tied"), GPTVQConfig(2.75)).ledger()
     assert ledger.model_params == sum(p.numel() for p in tiny("llama-tied").parameters())

@@ -285,6 +285,15 @@ def test_other_models_are_saved_as_before(tmp_path, monkeypatch):
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_the_callers_state_dict_is_written(new, tmp_path):
+    """Transformers would replace it by the model's own."""
+    state = {k: v.clone() for k, v in new.state_dict().items()}
+    state["model.norm.weight"].fill_(3.0)
+    new.save_pretrained(tmp_path, state_dict=state)
+    assert (load(tmp_path).model.norm.weight == 3.0).all()
+    assert new.hf_quantizer.state_dict is None
+
+
 def test_positional_arguments(new, target, monkeypatch):
     before = contents(target.parent)
     monkeypatch.setattr(WEIGHTS, Fails(OSError(28, "No space left on device"), 1))
