@@ -37,8 +37,8 @@ for module in (hf_vq, hf_vq_kernels):
 card = resources.files("hf_vq.model_cards") / "card.md.j2"
 assert "hf_vq" in card.read_text(encoding="utf-8")
 
-tokens = torch.randint(0, 4096, (8, 64), generator=torch.Generator().manual_seed(0))
-config = hf_vq.GPTVQConfig(bits=3, dataset=tokens, nsamples=8, seqlen=64, refine_iterations=1)
+tokens = torch.randint(0, 4096, (16, 64), generator=torch.Generator().manual_seed(0))
+config = hf_vq.GPTVQConfig(bits=3, dataset=tokens, nsamples=16, seqlen=64, refine_iterations=1)
 model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config)
 model.save_pretrained(arguments.out)
 reloaded = AutoModelForCausalLM.from_pretrained(arguments.out)
