@@ -2,11 +2,12 @@
 
 `find_blocks` names the repeated blocks; `capture` runs the model's own preamble (embeddings, rotary
 tables, masks) with the blocks replaced by stubs, so that it records what every block is called
-with at the price of an embedding look-up; `BlockRunner` then calls one block on its own.
+with at the price of an embedding look-up; `BlockPath` then runs one block on its own.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,7 +94,9 @@ def capture(
             if tuple(hidden.shape) != shape:
                 raise _ReturnsTuples
             calls = found.calls.setdefault(shape[:-1], [])
-            if len(calls) > i:  # a batch of this shape has been recorded: the first input is all we need
+            if (
+                len(calls) > i
+            ):  # a batch of this shape has been recorded: the first input is all we need
                 raise StopForward
             calls.append((rest, options))
             if i == len(blocks) - 1:
@@ -107,7 +110,9 @@ def capture(
             try:
                 with _stubs(blocks, make):
                     model(input_ids=batch, use_cache=False)
-                raise BlockError(f"{name}: its forward pass does not run the blocks that were found")
+                raise BlockError(
+                    f"{name}: its forward pass does not run the blocks that were found"
+                )
             except StopForward:
                 break
             except _ReturnsTuples:
@@ -137,56 +142,142 @@ def move(value: Any, device: torch.device) -> Any:
     return value
 
 
-class BlockRunner:
-    """Calls block number `index` on captured hidden states."""
+@dataclass
+class Layout:
+    """What one run of a block shows of its structure.
+
+    groups: names of the linears that read the very same tensor, in execution order (q/k/v, and
+    gate/up, share one input and so one Hessian). A linear that the run never reached (an expert no
+    token was routed to) comes last, in a group of its own. tails: child module -> the linear whose
+    output the child returns as it is, and how many Nones follow it in a tuple (None: no tuple).
+    replayable: children that run exactly once.
+    """
+
+    groups: list[list[str]]
+    tails: dict[str, tuple[str, int | None]]
+    replayable: set[str]
+
+
+class BlockPath:
+    """One block, run on captured hidden states, that does not compute its children twice.
+
+    Collecting statistics group by group runs the block several times, each time further. Once the
+    output of a child (attention, MLP) is final it is kept per batch and handed back by the next run.
+    """
 
     def __init__(self, block: nn.Module, index: int, captured: Captured, device: torch.device):
         self.block, self.device = block, device
         self.calls = {s: move(c[index], device) for s, c in captured.calls.items()}
+        self.recording: set[str] = set()
+        self.stop_after: str | None = None
+        self._kept: dict[str, dict[int, Any]] = {}
+        self._batch = -1
+
+    def __enter__(self) -> BlockPath:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._kept:
+            self.block.get_submodule(name).__dict__.pop("forward", None)
 
     @torch.no_grad()
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    def run(self, batch: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """The block's output for hidden states (batch, seqlen, width); None if a hook stopped it."""
+        self._batch = batch
         args, kwargs = self.calls[tuple(hidden.shape[:-1])]
-        out = self.block(hidden.to(self.device), *args, **kwargs)
-        return out if isinstance(out, torch.Tensor) else out[0]
-
-    def until_stopped(self, hidden: torch.Tensor) -> None:
-        """Run until a hook raises `StopForward` (or to the end)."""
         try:
-            self(hidden)
+            out = self.block(hidden.to(self.device), *args, **kwargs)
         except StopForward:
-            return
+            return None
+        return _first(out)
+
+    def replay(self, names: set[str]) -> None:
+        """Let these children's outputs be kept, from when they are named in `recording`."""
+        for name in names:
+            child = self.block.get_submodule(name)
+            self._kept[name] = {}
+            child.forward = self._replaying(name, child.forward)  # type: ignore[method-assign]
+
+    def keep(self, name: str, batch: int, output: Any) -> None:
+        """Hand `output` back the next time that child `name` is run on this batch."""
+        self._kept[name][batch] = move(output, torch.device("cpu"))
+
+    def _replaying(self, name: str, forward: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kept = self._kept[name]
+            if self._batch in kept:
+                return move(kept[self._batch], self.device)
+            out = forward(*args, **kwargs)
+            if name in self.recording:
+                self.keep(name, self._batch, out)
+            if name == self.stop_after:
+                raise StopForward
+            return out
+
+        return call
+
+    def probe(self, linears: dict[str, nn.Module], hidden: torch.Tensor) -> Layout:
+        """Run once and look at which tensors go where."""
+        groups: dict[tuple, list[str]] = {}
+        outputs: dict[int, str] = {}
+        tails: dict[str, tuple[str, int | None]] = {}
+        runs: dict[str, int] = {}
+        alive: list[torch.Tensor] = []  # or a freed tensor's address could be taken for another's
+
+        def before(name: str) -> Callable:
+            def hook(_: nn.Module, args: tuple) -> None:
+                x = args[0]
+                alive.append(x)
+                groups.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
+
+            return hook
+
+        def after(name: str) -> Callable:
+            def hook(_: nn.Module, args: tuple, out: torch.Tensor) -> None:
+                alive.append(out)
+                outputs[out.data_ptr()] = name
+
+            return hook
+
+        def child_after(name: str) -> Callable:
+            def hook(_: nn.Module, args: tuple, out: Any) -> None:
+                runs[name] = runs.get(name, 0) + 1
+                first = _first(out)
+                others = None if isinstance(out, torch.Tensor) else out[1:]
+                tail = outputs.get(first.data_ptr())
+                if tail and tail.startswith(f"{name}.") and all(o is None for o in others or ()):
+                    tails[name] = (tail, None if others is None else len(others))
+
+            return hook
+
+        children = {
+            n: c
+            for n, c in self.block.named_children()
+            if not isinstance(c, nn.Linear) and any(m.startswith(f"{n}.") for m in linears)
+        }
+        handles = [m.register_forward_pre_hook(before(n)) for n, m in linears.items()]
+        handles += [m.register_forward_hook(after(n)) for n, m in linears.items()]
+        handles += [c.register_forward_hook(child_after(n)) for n, c in children.items()]
+        try:
+            self.run(-1, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        seen: set[str] = set()
+        ordered = []
+        for group in groups.values():
+            fresh = [n for n in dict.fromkeys(group) if n not in seen]
+            seen.update(fresh)
+            ordered += [fresh] if fresh else []
+        ordered += [[n] for n in linears if n not in seen]
+        return Layout(ordered, tails, {n for n in children if runs.get(n) == 1})
 
 
-def input_groups(runner: BlockRunner, linears: dict[str, nn.Module], hidden: torch.Tensor) -> list[list[str]]:
-    """Names of the linears that read the very same tensor, in execution order.
+def _first(out: Any) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out[0]
 
-    q/k/v (and gate/up) projections share one input and so one Hessian. A linear that this batch
-    never reaches (an expert no token was routed to) comes last, in a group of its own.
-    """
-    groups: dict[tuple, list[str]] = {}
-    alive: list[torch.Tensor] = []  # or a freed tensor's address could be taken for a shared input
 
-    def hook_for(name: str) -> Callable:
-        def hook(_: nn.Module, args: tuple) -> None:
-            x = args[0]
-            alive.append(x)
-            groups.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(hook_for(n)) for n, m in linears.items()]
-    try:
-        runner(hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    ordered = [list(dict.fromkeys(g)) for g in groups.values()]
-    seen: set[str] = set()
-    unique = []
-    for group in ordered:
-        fresh = [n for n in group if n not in seen]
-        seen.update(fresh)
-        if fresh:
-            unique.append(fresh)
-    return unique + [[n] for n in linears if n not in seen]
+def twin(block: nn.Module) -> nn.Module:
+    """A copy of the modules that shares every parameter and buffer, so that it costs no memory."""
+    shared = {id(t): t for t in (*block.parameters(), *block.buffers())}
+    return copy.deepcopy(block, shared)

@@ -19,7 +19,7 @@ import torch
 
 from hf_vq.formats.gptvq import GPTVQCodes, GPTVQSpec
 from hf_vq.methods import refine
-from hf_vq.methods.feedback import Factor, factorize, sweep
+from hf_vq.methods.feedback import Factor, correction, factorize, sweep
 from hf_vq.methods.kmeans import kmeans
 from hf_vq.methods.lookup import Lookup
 from hf_vq.methods.statistics import Statistics
@@ -46,7 +46,10 @@ class GPTVQOptions:
 
 @dataclass
 class Quantized:
-    """codes, tr(E H E^T) / tr(W H W^T) with the undamped H, and anything unusual."""
+    """codes, tr(E H E^T) / tr(W H W^T) with the undamped H, and anything unusual.
+
+    E is the distance to what was aimed at: the weight, with `Statistics.shift` the corrected one.
+    """
 
     codes: GPTVQCodes
     relative_error: float
@@ -67,6 +70,9 @@ def quantize(
         else statistics.hessian.to(weight.device)
     )
     factor = factorize(hessian, options.damping)
+    dense = aim = weight.float()
+    if statistics is not None and statistics.shift is not None:
+        aim = dense + correction(dense, statistics.shift.to(dense.device), factor)
     pad_columns = columns - spec.in_features
     if pad_columns:
         # Padding columns are free: no input ever reaches them.
@@ -78,16 +84,13 @@ def quantize(
             factor.damping,
             factor.notes,
         )
-    target = torch.zeros(
-        spec.num_row_groups * spec.group_rows, columns, device=weight.device
-    )
-    target[: spec.out_features, : spec.in_features] = weight
+    target = torch.zeros(spec.num_row_groups * spec.group_rows, columns, device=weight.device)
+    target[: spec.out_features, : spec.in_features] = aim
     solver = _Solver(target, factor, spec, options)
     solver.sweep()
     solver.refine()
     codes = solver.codes()
     error = (target - solver.state.decode())[: spec.out_features, : spec.in_features]
-    dense = weight.float()
     norm = float(((dense @ hessian) * dense).sum(dtype=torch.float64))
     lost = float(((error @ hessian) * error).sum(dtype=torch.float64))
     return Quantized(codes, lost / norm if norm > 0 else 0.0, factor.notes)
@@ -96,13 +99,19 @@ def quantize(
 class _Solver:
     """One matrix on its way from weights to codes."""
 
-    def __init__(self, target: torch.Tensor, factor: Factor, spec: GPTVQSpec, options: GPTVQOptions):
+    def __init__(
+        self, target: torch.Tensor, factor: Factor, spec: GPTVQSpec, options: GPTVQOptions
+    ):
         self.target, self.factor, self.spec, self.options = target, factor, spec, options
         device = target.device
         rows = len(target)
         self.state = Lookup(
             codebooks=torch.zeros(
-                spec.num_stripes, spec.num_row_groups, spec.num_centroids, spec.vector_dim, device=device
+                spec.num_stripes,
+                spec.num_row_groups,
+                spec.num_centroids,
+                spec.vector_dim,
+                device=device,
             ),
             index=torch.zeros(rows, spec.num_vectors, dtype=torch.long, device=device),
             scale=None,
@@ -115,12 +124,17 @@ class _Solver:
     # -- sweep ---------------------------------------------------------------------------------
     def sweep(self) -> None:
         columns = self.target.shape[1]
-        width = min(self.spec.group_columns, max(_SWEEP_BLOCK // self.spec.vector_dim, 1) * self.spec.vector_dim)
+        width = min(
+            self.spec.group_columns,
+            max(_SWEEP_BLOCK // self.spec.vector_dim, 1) * self.spec.vector_dim,
+        )
         edges: list[tuple[int, int]] = []
         for stripe in range(0, columns, self.spec.group_columns):
             end = min(stripe + self.spec.group_columns, columns)
             edges += [(a, min(a + width, end)) for a in range(stripe, end, width)]
-        sweep(self.target, self.factor.upper, self.spec.vector_dim, edges, self._begin, self._choose)
+        sweep(
+            self.target, self.factor.upper, self.spec.vector_dim, edges, self._begin, self._choose
+        )
 
     def _choose(self, start: int, linear: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
         return self.state.choose(start // self.spec.vector_dim, linear, metric)

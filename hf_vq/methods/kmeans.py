@@ -54,7 +54,9 @@ def mahalanobis_seeds(points: torch.Tensor, present: torch.Tensor, k: int) -> to
     scatter = centred.transpose(1, 2) @ centred
     ridge = scatter.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * 1e-6 + 1e-30
     scatter = scatter + ridge * torch.eye(points.shape[2], device=points.device)
-    distance = (centred * torch.linalg.solve(scatter, centred.transpose(1, 2)).transpose(1, 2)).sum(-1)
+    distance = (centred * torch.linalg.solve(scatter, centred.transpose(1, 2)).transpose(1, 2)).sum(
+        -1
+    )
     order = distance.masked_fill(~present, float("inf")).argsort(dim=1, stable=True)
     steps = torch.linspace(0, 1, k, device=points.device, dtype=torch.float64)
     rank = (steps[None] * (count - 1)).round().long()
@@ -116,7 +118,9 @@ def kmeans(
         if bool(empty.any()):
             worst = cost_each.topk(min(k, points.shape[1]), dim=1).indices
             place = (empty.cumsum(1) - 1).clamp(0, worst.shape[1] - 1)
-            fresh = points.gather(1, worst.gather(1, place)[..., None].expand(-1, -1, points.shape[2]))
+            fresh = points.gather(
+                1, worst.gather(1, place)[..., None].expand(-1, -1, points.shape[2])
+            )
             useful = cost_each.gather(1, worst.gather(1, place)) > 0
             centroids = torch.where((empty & useful)[..., None], fresh, centroids)
             if bool((empty & useful).any()):

@@ -48,26 +48,30 @@ def exact_products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 class HessianAccumulator:
-    """Running sum of x x^T in float32 (and, when asked for, of (x_dense - x) x^T)."""
+    """Running sum of x x^T in float32 (and, when asked for, of x_dense x^T)."""
 
     def __init__(self, in_features: int, device: torch.device | str, with_shift: bool = False):
         self.total = torch.zeros(in_features, in_features, device=device)
-        self.shift = torch.zeros_like(self.total) if with_shift else None
+        self.cross = torch.zeros_like(self.total) if with_shift else None
         self.tokens = 0
 
     def add(self, x: torch.Tensor, dense: torch.Tensor | None = None) -> None:
-        """Add a batch of inputs of shape (..., in_features), any float dtype."""
+        """Add a batch of inputs of shape (..., in_features), any float dtype.
+
+        dense: the same tokens in the unquantized model. Without it (or if it holds other tokens, as
+        for an expert that the router chose differently) there is no shift for this matrix.
+        """
         flat = x.reshape(-1, x.shape[-1])
         wide = flat.float()
         with exact_products_of(x.dtype):
             self.total.addmm_(wide.T, wide)
-        if self.shift is not None and dense is not None:
-            moved = (dense.reshape(flat.shape).float() - wide).to(x.dtype).float()
-            with exact_products_of(x.dtype):
-                self.shift.addmm_(moved.T, wide)
+            if dense is None or dense.shape != x.shape:
+                self.cross = None
+            elif self.cross is not None:
+                self.cross.addmm_(dense.reshape(flat.shape).float().T, wide)
         self.tokens += flat.shape[0]
 
     def statistics(self) -> Statistics:
         tokens = max(self.tokens, 1)
-        shift = None if self.shift is None else self.shift / tokens
+        shift = None if self.cross is None else (self.cross - self.total) / tokens
         return Statistics(self.total / tokens, self.tokens, shift)

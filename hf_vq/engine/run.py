@@ -1,0 +1,317 @@
+"""Quantizing a model block by block, on inputs that come from the blocks already quantized.
+
+For every decoder block: collect the statistics of its linears' inputs, quantize them, run the block
+again for the inputs of the next one. With `true_sequential` the linears of a block are done group by
+group (q/k/v, then o, then gate/up, then down), each on inputs that its quantized predecessors
+produce. With `asymmetric_calibration` the unquantized model walks along, so that every layer can aim
+at what the original would have computed (see `Statistics.shift`).
+
+Only one block and its statistics are ever on the calibration device; hidden states wait on the CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_vq.engine.blocks import (
+    BlockError,
+    BlockPath,
+    Captured,
+    Layout,
+    StopForward,
+    capture,
+    find_blocks,
+    move,
+    twin,
+)
+from hf_vq.formats import FORMATS
+from hf_vq.formats.base import LayerSpec
+from hf_vq.layers import PackedLinear
+from hf_vq.methods.statistics import HessianAccumulator, Statistics
+from hf_vq.registry import get_method
+
+# Tokens per forward pass: enough to keep a matrix product busy, few enough for a small GPU.
+_TOKENS_PER_BATCH = 4096
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity in a weight or an activation; names the layer (and the sample)."""
+
+
+def quantize_model(
+    model: nn.Module, plan: Any, samples: torch.Tensor | None, config: Any, reporter: Any
+) -> None:
+    """Replace every planned `nn.Linear` of `model` by a `PackedLinear`, in place.
+
+    samples: int64 (n, seqlen) token windows, or None to quantize without data. Raises
+    `NonFiniteError`, and `BlockError` for a model whose blocks cannot be run one by one.
+    """
+    reporter.start(len(plan.layers), sum(s.num_weights for s in plan.layers.values()))
+    try:
+        worker = _Worker(model, plan.layers, config, reporter)
+        if samples is None:
+            for name in plan.layers:
+                worker.quantize(name, None)
+                worker.swap([name])
+        else:
+            _sequential(model, samples, config, worker)
+    finally:
+        reporter.finish()
+
+
+class _Worker:
+    """Quantizes single matrices and swaps the packed layers in."""
+
+    def __init__(self, model: nn.Module, specs: dict[str, LayerSpec], config: Any, reporter: Any):
+        self.model, self.specs, self.config, self.reporter = model, specs, config, reporter
+        self.method = get_method(config.method)
+        self.device = calibration_device(config.calibration_device)
+        self.packed: dict[str, PackedLinear] = {}
+
+    @torch.no_grad()
+    def quantize(self, name: str, statistics: Statistics | None) -> PackedLinear:
+        """Quantize one matrix; the result waits in `packed` until it is swapped in."""
+        began = time.perf_counter()
+        linear = self.model.get_submodule(name)
+        weight = linear.weight.detach().to(self.device, torch.float32)
+        if not bool(torch.isfinite(weight).all()):
+            bad = int((~torch.isfinite(weight)).sum())
+            raise NonFiniteError(
+                f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, so the checkpoint "
+                "is damaged; repair it, or leave the layer dense with modules_to_not_convert"
+            )
+        notes: list[str] = []
+        if statistics is not None and statistics.tokens == 0:
+            statistics = None
+            notes.append("no calibration token reached it: quantized without data")
+        spec = self.specs[name]
+        layer_config = self.config.for_layer(name)
+        kind = self.method.options
+        options = kind(**{f.name: getattr(layer_config, f.name) for f in fields(kind)
+                          if hasattr(layer_config, f.name)})  # fmt: skip
+        result = self.method.quantize(weight, statistics, spec, options)
+        tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
+        bias = None if linear.bias is None else linear.bias.detach().cpu()
+        layer = PackedLinear.from_packed(spec, tensors, bias, linear.weight.dtype, where=name)
+        self.packed[name] = layer
+        seconds = time.perf_counter() - began
+        self.reporter.matrix(name, spec, result.relative_error, seconds, notes + result.notes)
+        return layer
+
+    def swap(self, names: list[str]) -> None:
+        """Put the packed layers in the place of the dense ones."""
+        for name in names:
+            training = self.model.get_submodule(name).training
+            self.model.set_submodule(name, self.packed.pop(name).train(training))
+
+
+def move_codes(codes: Any) -> Any:
+    """A codes dataclass with its tensors on the CPU."""
+    moved = {f.name: move(getattr(codes, f.name), torch.device("cpu")) for f in fields(codes)}
+    return type(codes)(**moved)
+
+
+def calibration_device(wanted: Any) -> torch.device:
+    """The device asked for, else a GPU if there is one."""
+    if wanted is not None:
+        return torch.device(wanted)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()  # type: ignore[return-value]
+    return torch.device("cpu")
+
+
+def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _Worker) -> None:
+    blocks = find_blocks(model)
+    if not blocks:
+        raise BlockError(f"{type(model).__name__} has no list of decoder blocks to walk through")
+    size = max(1, _TOKENS_PER_BATCH // samples.shape[1])
+    embeds = next(model.parameters()).device
+    batches = [b.to(embeds) for b in samples.split(size)]
+    captured = capture(model, list(blocks.values()), batches, type(model).__name__)
+    streams = _Streams(captured.hidden, config.asymmetric_calibration)
+    captured.hidden = []
+    for index, (name, block) in enumerate(blocks.items()):
+        names = {n.removeprefix(f"{name}."): n for n in worker.specs if n.startswith(f"{name}.")}
+        home = next(block.parameters()).device
+        block.to(worker.device)
+        last = index == len(blocks) - 1
+        _Block(name, block, index, captured, streams, names, worker).quantize(
+            config.true_sequential, advance=not last
+        )
+        worker.swap(list(names.values()))
+        block.to(home)
+
+
+@dataclass
+class _Streams:
+    """Hidden states on their way through the model, on the CPU, one tensor per batch.
+
+    quantized: through the blocks as they will be. dense: through the original ones, or None.
+    """
+
+    quantized: list[torch.Tensor]
+    dense: list[torch.Tensor] | None
+
+    def __init__(self, hidden: list[torch.Tensor], with_dense: bool):
+        self.quantized = [h.cpu() for h in hidden]
+        self.dense = list(self.quantized) if with_dense else None
+
+
+class _Block:
+    """One block while its linears are quantized. Names inside are relative to the block."""
+
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        index: int,
+        captured: Captured,
+        streams: _Streams,
+        names: dict[str, str],
+        worker: _Worker,
+    ):
+        self.name, self.block, self.streams = name, block, streams
+        self.names, self.worker = names, worker
+        self.path = BlockPath(block, index, captured, worker.device)
+        self.dense_path = None
+        if streams.dense is not None:
+            self.dense_path = BlockPath(twin(block), index, captured, worker.device)
+        self.linears = {n: block.get_submodule(n) for n in names}
+
+    def quantize(self, true_sequential: bool, advance: bool) -> None:
+        with ExitStack() as stack:
+            paths = [p for p in (self.path, self.dense_path) if p is not None]
+            for path in paths:
+                stack.enter_context(path)
+            if self.linears:
+                layout = self.path.probe(self.linears, self.streams.quantized[0])
+                stages = [[g] for g in layout.groups] if true_sequential else [layout.groups]
+                for path in paths:
+                    path.replay(layout.replayable)
+                for number, stage in enumerate(stages):
+                    self._stage(stage, layout, _children(stages[number + 1 :]))
+            if advance:
+                self._advance()
+
+    def _stage(self, stage: list[list[str]], layout: Layout, later: set[str]) -> None:
+        """Statistics of these groups' inputs, then their quantization."""
+        leaders = [group[0] for group in stage]
+        finished = (_children([stage]) - later) & layout.replayable
+        inputs: list[torch.Tensor] = []
+        tail = self._tail(stage, layout, finished)
+        statistics = self._collect(leaders, finished, inputs if tail else None)
+        for group in stage:
+            for name in group:
+                packed = self.worker.quantize(self.names[name], statistics[group[0]])
+                linear = self.linears[name]
+                weight = packed.dequantize(linear.weight.dtype).to(self.worker.device)
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+        self.path.recording |= finished
+        if tail:
+            linear, nones = layout.tails[tail]
+            for batch, x in enumerate(inputs):
+                with torch.no_grad():
+                    out = self.linears[linear](x.to(self.worker.device))
+                self.path.keep(tail, batch, out if nones is None else (out, *[None] * nones))
+
+    def _tail(self, stage: list[list[str]], layout: Layout, finished: set[str]) -> str | None:
+        """The child whose output can be had without running it again.
+
+        It is, where the stage is the one linear that the child ends with: that linear's input, which
+        the statistics need anyway, is kept (unless it is much wider than the hidden states).
+        """
+        width = self.streams.quantized[0].shape[-1]
+        for child in finished:
+            linear, _ = layout.tails.get(child, (None, None))
+            if stage == [[linear]] and self.linears[linear].in_features <= 2 * width:
+                return child
+        return None
+
+    def _collect(
+        self, leaders: list[str], finished: set[str], inputs: list[torch.Tensor] | None
+    ) -> dict[str, Statistics]:
+        device = self.worker.device
+        with_shift = self.dense_path is not None
+        sums = {
+            n: HessianAccumulator(self.linears[n].in_features, device, with_shift) for n in leaders
+        }
+        for batch, hidden in enumerate(self.streams.quantized):
+            aims: dict[str, torch.Tensor] = {}
+            if self.dense_path is not None and self.streams.dense is not None:
+                # The original block will not change: let a child that is done after this stage
+                # finish, and keep what it returns.
+                self.dense_path.recording |= finished
+                alone = len(finished) == 1 and len(leaders) == 1
+                self.dense_path.stop_after = next(iter(finished)) if alone else None
+                with _listening(self.dense_path.block, leaders, aims, stop=not alone):
+                    self.dense_path.run(batch, self.streams.dense[batch])
+            seen: dict[str, torch.Tensor] = {}
+            with _listening(self.block, leaders, seen, stop=True):
+                self.path.run(batch, hidden)
+            for name, x in seen.items():
+                sums[name].add(x, aims.get(name))
+                self._check(name, sums[name], x, batch)
+                if inputs is not None:
+                    inputs.append(x.cpu())
+        return {n: s.statistics() for n, s in sums.items()}
+
+    def _advance(self) -> None:
+        for path, hidden in (
+            (self.path, self.streams.quantized),
+            (self.dense_path, self.streams.dense),
+        ):
+            if path is None or hidden is None:
+                continue
+            path.stop_after = None
+            path.recording = set()
+            for batch, states in enumerate(hidden):
+                out = path.run(batch, states)
+                assert out is not None
+                hidden[batch] = out.cpu()
+
+    def _check(self, name: str, sums: HessianAccumulator, x: torch.Tensor, batch: int) -> None:
+        if bool(torch.isfinite(sums.total.diagonal().sum())):
+            return
+        first = len(self.streams.quantized[0])
+        rows = (~torch.isfinite(x.reshape(len(x), -1))).any(1).nonzero().flatten().tolist()
+        sample = batch * first + (rows[0] if rows else 0)
+        raise NonFiniteError(
+            f"{self.names[name]}: its input is NaN or infinite for calibration sample {sample}; "
+            "load the model in float32 or bfloat16 (float16 overflows), or leave the sample out"
+        )
+
+
+def _children(stages: Any) -> set[str]:
+    """Direct children of the block that hold any of these (nested lists of) linears."""
+    if isinstance(stages, str):
+        return {stages.split(".")[0]}
+    return {child for part in stages for child in _children(part)}
+
+
+@contextmanager
+def _listening(
+    block: nn.Module, names: list[str], found: dict[str, torch.Tensor], stop: bool
+) -> Iterator[None]:
+    """Note the inputs of these linears; after the last one, leave the forward pass."""
+
+    def hook_for(name: str) -> Callable:
+        def hook(_: nn.Module, args: tuple) -> None:
+            found[name] = args[0].detach()
+            if stop and len(found) == len(names):
+                raise StopForward
+
+        return hook
+
+    handles = [block.get_submodule(n).register_forward_pre_hook(hook_for(n)) for n in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
