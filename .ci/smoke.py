@@ -38,7 +38,14 @@ card = resources.files("hf_vq.model_cards") / "card.md.j2"
 assert "hf_vq" in card.read_text(encoding="utf-8")
 
 tokens = torch.randint(0, 4096, (16, 64), generator=torch.Generator().manual_seed(0))
-config = hf_vq.GPTVQConfig(bits=3, dataset=tokens, nsamples=16, seqlen=64, refine_iterations=1)
+config = hf_vq.GPTVQConfig(
+    bits=3,
+    dataset=tokens,
+    nsamples=16,
+    seqlen=64,
+    refine_iterations=1,
+    modules_to_not_convert=["layers.1", "layers.2", "layers.3"],  # one block shows it
+)
 model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config)
 model.save_pretrained(arguments.out)
 reloaded = AutoModelForCausalLM.from_pretrained(arguments.out)
