@@ -114,11 +114,10 @@ def make_plan(model: nn.Module, config: VQConfig) -> Plan:
     dense: dict[str, str] = {}
     rows: list[LedgerRow] = []
     other = [0, 0]
-    seen: set[int] = set()
+    twins = _tied_targets(model)
     for name, param in model.named_parameters():
-        if id(param) in seen:
+        if name in twins:
             continue
-        seen.add(id(param))
         owner, _, leaf = name.rpartition(".")
         size = param.numel() * param.element_size()
         if param.ndim < 2:
@@ -210,6 +209,16 @@ def _unsupported(name: str, param: torch.Tensor) -> str:
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     return get() if get is not None else None
+
+
+def _tied_targets(model: nn.Module) -> set[str]:
+    """Parameters that are, or will be once `tie_weights` has run, another one under a second name.
+
+    While Transformers loads a model they still stand apart.
+    """
+    keys: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    names = {name for name, _ in model.named_parameters()}
+    return {target for target, source in keys.items() if source in names}
 
 
 def _tied_modules(model: nn.Module) -> set[str]:

@@ -99,6 +99,9 @@ def test_the_file_holds_what_the_plan_says(kind, quantized):
         stored = sum(size[f"{name}.{t}"] for t in spec.layout())
         assert stored == spec.nbytes
     assert sum(size.values()) == plan.ledger().model_bytes
+    report = json.loads((path / "quantization_report.json").read_text())
+    # that plan was made while tied weights still stood apart
+    assert report["ledger"] == plan.ledger().to_dict()
     on_disk = (path / "model.safetensors").stat().st_size
     header = int.from_bytes((path / "model.safetensors").read_bytes()[:8], "little") + 8
     assert on_disk - header == plan.ledger().model_bytes
