@@ -7,6 +7,7 @@ dispatched model could not be calibrated anyway. The packed model is dispatched 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from typing import Any
@@ -32,6 +33,9 @@ class VQHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: VQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            # the user's own object stays as it is, and can quantize the next model too
+            self.quantization_config = copy.deepcopy(quantization_config)
         self.compute_dtype: torch.dtype | None = None
         self.report: dict[str, Any] | None = None
         # set by `hf_vq.saving` while it saves
@@ -198,6 +202,8 @@ def record(config: VQConfig, model: Any, samples: torch.Tensor | None, files: li
         "calibration": calibration,
         "layers": loading.layer_entries(layers),
     }
+    # done with; and a model whose config holds a generator could not be pickled
+    config.dataset = config.tokenizer = None
 
 
 def check_sample_size(samples: torch.Tensor | None, plan: Any) -> None:

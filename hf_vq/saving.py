@@ -50,9 +50,9 @@ def save_atomically(
             write_card(files, unless_in=target)
         finally:
             quantizer.report_folder = quantizer.state_dict = None
-        if kwargs.get("push_to_hub") and os.path.exists(os.path.join(target, "README.md")):
-            # the upload wrote the remote card here; it does not replace the user's
-            os.unlink(os.path.join(files, "README.md"))
+        card = os.path.join(files, "README.md")
+        if os.path.exists(os.path.join(target, "README.md")) and os.path.exists(card):
+            os.unlink(card)  # an upload wrote the remote card here; the user's own stays
         _flush(files)
         if existed:
             _move_in(files, target, os.path.join(staging, "old"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_vq.configs import GPTVQConfig
 from hf_vq.layers.linear import PackedLinear
@@ -238,6 +240,25 @@ def test_generators_survive_automodel(dense):
     model = load(dense("llama"), quantization_config=config)
     assert model.hf_quantizer.quantization_config.recorded["calibration"]["nsamples"] == 8
     assert len(packed_layers(model)) == 14
+
+
+def test_a_config_can_be_used_twice(dense):
+    """Without AutoModel's copy the quantizer gets the user's own object."""
+    config = GPTVQConfig(2.6, dataset=tokens(8), **QUICK)
+    before = config.to_dict()
+    models = [load(dense("llama"), LlamaForCausalLM, quantization_config=config) for _ in range(2)]
+    assert torch.equal(logits(models[0]), logits(models[1]))
+    assert config.to_dict() == before
+    assert config.dataset is not None
+
+
+def test_a_quantized_model_holds_no_data_and_can_be_copied(dense):
+    rows = ({"input_ids": r} for r in tokens(8))
+    config = GPTVQConfig(2.6, dataset=rows, tokenizer=lambda text: text, seqlen=64, **QUICK)
+    model = load(dense("llama"), quantization_config=config)
+    assert model.config.quantization_config.dataset is None
+    assert pickle.loads(pickle.dumps(model.config)).quantization_config.is_quantized
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
 
 
 def test_config_as_a_dict(dense):
