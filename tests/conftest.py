@@ -33,3 +33,38 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the token files in ../shared/data, which are not in this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    """Function: kind -> folder of the saved dense model."""
+    folder = tmp_path_factory.mktemp("dense")
+
+    def get(kind):
+        path = folder / kind
+        if not path.exists():
+            from tests.models import tiny  # late: most tests need no Transformers
+
+            tiny(kind).save_pretrained(path)
+        return path
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def quantized(dense, tmp_path_factory):
+    """Function: kind -> (the model quantized on load, the folder it was saved in)."""
+    folder = tmp_path_factory.mktemp("packed")
+    done = {}
+
+    def get(kind):
+        if kind not in done:
+            from tests.models import QUICK, GPTVQConfig, load, tokens
+
+            config = GPTVQConfig(2.6, dataset=tokens(8), **QUICK)
+            model = load(dense(kind), quantization_config=config)
+            model.save_pretrained(folder / kind)
+            done[kind] = model, folder / kind
+        return done[kind]
+
+    return get

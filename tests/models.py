@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -151,3 +153,30 @@ def packed(kind: str = "llama", config: GPTVQConfig | None = None, seed: int = 0
     model.quantization_method = config.method
     model.config.quantization_config = config
     return model
+
+
+PROMPT = tokens(2, 16, seed=1)
+QUICK = {"kmeans_iterations": 2, "refine_iterations": 0, "codebook_update": False}
+"""Fields of a config for tests that do not care how good the codes are."""
+DISK = {
+    "model.embed_tokens": "cpu",
+    "lm_head": "cpu",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+}
+"""A device map of the llamas that leaves a layer on disk."""
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of `PROMPT`."""
+    with torch.no_grad():
+        return model(PROMPT).logits
+
+
+def load(path: Any, cls: Any = AutoModelForCausalLM, **kwargs: Any) -> Any:
+    """`from_pretrained` without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cls.from_pretrained(path, **kwargs)

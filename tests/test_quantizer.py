@@ -3,75 +3,23 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import logging
-import os
 import pickle
-import re
-import subprocess
-import sys
-import warnings
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, LlamaForCausalLM
 
 from hf_vq.configs import GPTVQConfig
 from hf_vq.layers.linear import PackedLinear
 from hf_vq.loading import packed_layers
 from hf_vq.plan import PlanError, make_plan
-from tests.models import packed, tiny, tokens
+from tests.models import DISK, PROMPT, QUICK, load, logits, packed, tiny, tokens
 
 KINDS = ["llama", "llama-tied", "llama-bias", "qwen2", "opt", "mixtral"]
-PROMPT = tokens(2, 16, seed=1)
-QUICK = {"kmeans_iterations": 2, "refine_iterations": 0, "codebook_update": False}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(PROMPT).logits
-
-
-def load(path, cls=AutoModelForCausalLM, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return cls.from_pretrained(path, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """Function: kind -> folder of the saved dense model."""
-    folder = tmp_path_factory.mktemp("dense")
-
-    def get(kind):
-        path = folder / kind
-        if not path.exists():
-            tiny(kind).save_pretrained(path)
-        return path
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def quantized(dense, tmp_path_factory):
-    """Function: kind -> (the model quantized on load, the folder it was saved in)."""
-    folder = tmp_path_factory.mktemp("packed")
-    done = {}
-
-    def get(kind):
-        if kind not in done:
-            config = GPTVQConfig(2.6, dataset=tokens(8), **QUICK)
-            model = load(dense(kind), quantization_config=config)
-            model.save_pretrained(folder / kind)
-            done[kind] = model, folder / kind
-        return done[kind]
-
-    return get
-
-
 # -- the main walk --------------------------------------------------------------------------
 
 
@@ -127,107 +75,6 @@ def test_config_json(quantized):
     report = json.loads((path / "quantization_report.json").read_text())
     assert len(report["matrices"]) == 14
     assert report["dense"]["lm_head"] == "the output head"
-
-
-FRESH = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import torch
-torch.set_num_threads(1)
-import hf_vq
-from transformers import AutoModelForCausalLM
-path, prompt, out = sys.argv[1:]
-prompt = torch.load(prompt)
-disk = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu",
-        "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-found = {}
-for name, kwargs in {"none": {}, "cpu": {"device_map": "cpu"}, "auto": {"device_map": "auto"},
-                     "disk": {"device_map": disk, "offload_folder": out + ".offload"}}.items():
-    with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        found[name] = model(prompt).logits
-    if name == "disk":
-        assert model.model.layers[1].mlp.up_proj.indices.is_meta
-        model.save_pretrained(out + ".resaved")
-torch.save(found, out)
-"""
-
-
-@pytest.mark.parametrize("kind", ["llama-bias", "llama-tied"])
-def test_fresh_process_and_device_maps_give_identical_logits(kind, quantized, tmp_path):
-    model, path = quantized(kind)
-    torch.save(PROMPT, tmp_path / "prompt")
-    script = [sys.executable, "-c", FRESH, path, tmp_path / "prompt", tmp_path / "out"]
-    subprocess.run(script, check=True, capture_output=True)
-    found = torch.load(tmp_path / "out")
-    assert set(found) == {"none", "cpu", "auto", "disk"}
-    for name, value in found.items():
-        assert torch.equal(value, logits(model)), name
-    assert torch.equal(logits(load(tmp_path / "out.resaved")), logits(model))
-
-
-DISK = {
-    "model.embed_tokens": "cpu",
-    "lm_head": "cpu",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "model.layers.0": "cpu",
-    "model.layers.1": "disk",
-}
-
-
-@pytest.mark.parametrize(
-    ("device_map", "max_memory"),
-    [
-        ("cpu", None),
-        ("auto", None),
-        ("sequential", None),
-        (DISK, None),
-        ("auto", {"cpu": "170KB"}),
-        ("auto", {"cpu": "9KB"}),
-    ],
-    ids=["cpu", "auto", "sequential", "disk", "auto-disk", "auto-all-disk"],
-)
-def test_quantizing_with_a_device_map(device_map, max_memory, dense, quantized, tmp_path):
-    config = GPTVQConfig(
-        2.6, dataset=tokens(8), offload_folder=str(tmp_path), max_memory=max_memory, **QUICK
-    )
-    model = load(dense("llama"), quantization_config=config, device_map=device_map)
-    reference = quantized("llama")[0]
-    if device_map is DISK or max_memory:
-        assert "disk" in model.hf_device_map.values()
-        assert any(p.is_meta for p in model.parameters())
-    assert torch.equal(logits(model), logits(reference))
-    model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(load(tmp_path / "saved")), logits(reference))
-
-
-def test_offloading_twice_into_one_folder(dense, tmp_path):
-    """Accelerate would read the first model's weights again."""
-    for seed in (0, 1):
-        config = GPTVQConfig(2.6, dataset=tokens(8), offload_folder=str(tmp_path), **QUICK)
-        tiny(seed=seed).save_pretrained(tmp_path / f"dense{seed}")
-        path = tmp_path / f"dense{seed}"
-        model = load(path, quantization_config=config, device_map=DISK)
-        config.offload_folder = None
-        assert torch.equal(logits(model), logits(load(path, quantization_config=config)))
-
-
-def test_overflow_to_disk_without_a_folder_is_temporary(dense, caplog):
-    config = GPTVQConfig(2.6, dataset=tokens(8), max_memory={"cpu": "170KB"}, **QUICK)
-    with caplog.at_level(logging.WARNING):
-        model = load(dense("llama"), quantization_config=config, device_map="auto")
-    folder = re.search(r"kept in (\S+)", caplog.text)[1]
-    assert os.path.isdir(folder)
-    del model
-    gc.collect()
-    assert not os.path.exists(folder)
-
-
-def test_offload_without_a_folder_is_refused_before_any_work(dense):
-    config = GPTVQConfig(2.6, dataset=tokens(8))
-    with pytest.raises(ValueError, match="offload_folder="):
-        load(dense("llama"), quantization_config=config, device_map=DISK)
 
 
 # -- configs on their way through Transformers -----------------------------------------------
