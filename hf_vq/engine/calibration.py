@@ -36,9 +36,9 @@ def load_calibration(
     """Token windows, int64 (n, seqlen) with n <= config.nsamples, or None without data.
 
     `config.dataset` is a list or iterable of strings (or of dicts with "text" or "input_ids"), a
-    .txt, .jsonl or .npy file, a `datasets` id "name:config:split", a Dataset, or token ids: a 1-D or
-    2-D tensor or array, or lists of them. "#field" after a .jsonl file or an id names a field other
-    than "text".
+    .txt, .jsonl or .npy file, a `datasets` id "name:config:split", a Dataset, or token ids: a 1-D
+    or 2-D tensor or array, or lists of them. "#field" after a .jsonl file or an id names a field
+    other than "text".
     Rows of 2-D tokens are windows; all are taken, in order, if there are no more than nsamples.
 
     max_length: the model's context in tokens. vocab_size: ids beyond it are refused. Raises
