@@ -31,11 +31,14 @@ class Comparison:
         kl: mean of KL(dense || quantized) per position, in nats.
         top1: share of positions (0..1) where both models rank the same token first.
         positions: number of positions compared.
+        perplexity_dense, perplexity_quantized: as `perplexity` gives them, for the same windows.
     """
 
     kl: float
     top1: float
     positions: int
+    perplexity_dense: float
+    perplexity_quantized: float
 
 
 def windows(tokens: Tensor, seqlen: int) -> Tensor:
@@ -101,8 +104,7 @@ def perplexity(model: nn.Module, tokens: Tensor, seqlen: int) -> float:
             count += targets.numel()
     if not math.isfinite(loss):
         raise ValueError("the model's loss is not finite: its weights are broken or untrained")
-    mean = loss / count
-    return math.exp(mean) if mean < 700 else math.inf
+    return _exp(loss / count)
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def compare(dense: nn.Module, quantized: nn.Module, tokens: Tensor) -> Compariso
 
     Args:
         dense, quantized: models over the same vocabulary, on any devices.
-        tokens: integers, shape (n, seqlen).
+        tokens: integers, shape (n, seqlen), seqlen >= 2.
 
     Returns:
         A `Comparison` over n * seqlen positions.
@@ -119,12 +121,13 @@ def compare(dense: nn.Module, quantized: nn.Module, tokens: Tensor) -> Compariso
     Raises:
         ValueError: tokens are not 2-D, vocabularies differ, or logits with NaN/Inf.
     """
-    if tokens.ndim != 2 or tokens.numel() == 0:
+    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise ValueError(
             f"compare needs windows of shape (n, seqlen), not {tuple(tokens.shape)}; "
             "cut them with hf_vq.evaluation.windows"
         )
     kl, agree, count = 0.0, 0, 0
+    losses = [0.0, 0.0]
     with _evaluation_mode(dense), _evaluation_mode(quantized):
         for start, chunk in _batches(dense, tokens.long()):
             reference = _logits(dense, chunk, start)
@@ -134,17 +137,28 @@ def compare(dense: nn.Module, quantized: nn.Module, tokens: Tensor) -> Compariso
                     f"the models' vocabularies differ: {reference.shape[-1]} and {other.shape[-1]} "
                     "entries; compare a quantized model with its own original"
                 )
+            # the last position of a window predicts a token outside of it: compared, not scored
+            targets = F.pad(chunk[:, 1:], (0, 1), value=-100).flatten().to(reference.device)
             slices = zip(_float32_slices(reference), _float32_slices(other), strict=True)
-            for (_, p_logits), (_, q_logits) in slices:
+            for (rows, p_logits), (_, q_logits) in slices:
                 p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
                 kl += (
                     F.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum().item()
                 )
+                for i, log_p in enumerate((p, q)):
+                    losses[i] += _negative_log_likelihood(log_p, targets[rows])
                 agree += int((p_logits.argmax(-1) == q_logits.argmax(-1)).sum())
             count += chunk.numel()
     if not math.isfinite(kl):
         raise ValueError("the KL divergence is not finite: one of the models gives NaN or Inf")
-    return Comparison(kl=kl / count, top1=agree / count, positions=count)
+    predictions = count - tokens.shape[0]
+    return Comparison(
+        kl=kl / count,
+        top1=agree / count,
+        positions=count,
+        perplexity_dense=_exp(losses[0] / predictions),
+        perplexity_quantized=_exp(losses[1] / predictions),
+    )
 
 
 @torch.no_grad()
@@ -175,6 +189,16 @@ def generate_sample(
             pad_token_id=_pad_token(model, tokenizer),
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _negative_log_likelihood(log_p: Tensor, targets: Tensor) -> float:
+    """Sum over rows of log_p (rows, vocabulary); targets of -100 do not count."""
+    chosen = log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return -chosen[targets >= 0].double().sum().item()
+
+
+def _exp(mean_loss: float) -> float:
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf
 
 
 def _pad_token(model: Any, tokenizer: Any) -> int | None:

@@ -73,12 +73,14 @@ def evaluate(
     if prompt is not None and tokenizer is None:
         raise ValueError("a sample needs the model's tokenizer; pass tokenizer= or prompt=None")
     cut = windows(tokens, seqlen)
-    own = perplexity(model, cut, seqlen)
     figures: dict[str, Any] = {}
-    if dense is not None:
+    if dense is None:
+        own = perplexity(model, cut, seqlen)
+    else:
         comparison = compare(dense, model, cut)
+        own = comparison.perplexity_quantized
         figures = {
-            "perplexity_dense": perplexity(dense, cut, seqlen),
+            "perplexity_dense": comparison.perplexity_dense,
             "bytes_dense": stored_bytes(dense),
             "kl": comparison.kl,
             "top1": comparison.top1,

@@ -70,6 +70,9 @@ def test_compare_equals_the_written_out_sum():
     assert result.kl == pytest.approx(float(sum(kl)) / len(flat), rel=1e-5)
     assert result.top1 == pytest.approx(sum(same) / len(flat))
     assert result.positions == len(flat) == 70
+    assert result.perplexity_dense == pytest.approx(perplexity(dense, rows, 7), rel=1e-6)
+    expected = brute_perplexity(quantized.table.detach(), rows)
+    assert result.perplexity_quantized == pytest.approx(expected, rel=1e-5)
 
 
 def test_compare_is_not_symmetric_and_zero_with_itself():
@@ -91,6 +94,7 @@ def test_slices_and_batches_do_not_change_the_result(monkeypatch):
     sliced = compare(dense, quantized, rows), perplexity(quantized, rows, 11)
     assert sliced[0].kl == pytest.approx(whole[0].kl, rel=1e-6)
     assert sliced[0].top1 == whole[0].top1
+    assert sliced[0].perplexity_quantized == pytest.approx(whole[1], rel=1e-6)
     assert sliced[1] == pytest.approx(whole[1], rel=1e-6)
     assert set(dense.batches) == {1}
 
