@@ -15,6 +15,8 @@ import torch
 from hf_vq.configs import GPTVQConfig
 from tests.models import DISK, PROMPT, QUICK, load, logits, tiny, tokens
 
+pytestmark = pytest.mark.smoke
+
 FRESH = """
 import sys, warnings
 warnings.simplefilter("ignore")

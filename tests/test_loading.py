@@ -19,6 +19,8 @@ from hf_vq.loading import layer_entries
 from tests.helpers import random_gptvq
 from tests.models import packed
 
+pytestmark = pytest.mark.smoke
+
 LAYER = "model.layers.1.mlp.up_proj"
 
 

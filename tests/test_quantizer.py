@@ -19,6 +19,8 @@ from hf_vq.loading import packed_layers
 from hf_vq.plan import PlanError, make_plan
 from tests.models import DISK, PROMPT, QUICK, load, logits, packed, tiny, tokens
 
+pytestmark = pytest.mark.smoke
+
 KINDS = ["llama", "llama-tied", "llama-bias", "qwen2", "opt", "mixtral"]
 # -- the main walk --------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_vq.quantizer import REPORT_NAME
 from tests.models import packed, tiny, tokens
 
+pytestmark = pytest.mark.smoke
+
 
 def contents(folder):
     """Relative path -> bytes (or link target) of everything in a folder, hidden files too."""
