@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_vq.methods.lookup import Lookup, diagonal_blocks
+from hf_vq.methods.panel import solve_panel
+
 
 @dataclass
 class Factor:
@@ -86,35 +89,31 @@ def correction(weight: torch.Tensor, shift: torch.Tensor, factor: Factor) -> tor
 def sweep(
     weight: torch.Tensor,
     upper: torch.Tensor,
-    step: int,
-    blocks: list[tuple[int, int]],
-    begin_block: Callable[[int, int, torch.Tensor], None] | None,
-    choose: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Quantize `step` columns at a time, each aiming at the compensated weight.
+    state: Lookup,
+    begin_panel: Callable[[int, int, torch.Tensor], None],
+    width: int = 128,
+) -> None:
+    """Choose the codes of `state` from left to right, each aiming at the compensated weight.
 
-    weight: float32 (r, c). upper: (c, c) from `factorize`. blocks: column ranges, in order, whose
-    widths are multiples of step; each starts with ``begin_block(start, stop, compensated)`` where
-    compensated (r, stop - start) is what its columns should be, given all columns left of it.
-    ``choose(start, linear, metric)`` returns q (r, step) minimizing
-    ``q metric q^T - 2 linear . q`` per row, metric (step, step), linear (r, step).
-    Returns Q (r, c).
+    weight: float32 (r, c). upper: (c, c) from `factorize`. Panels of about `width` columns are
+    announced by ``begin_panel(start, stop, compensated)``, where compensated (r, stop - start) is
+    what their weights should be, given the codes of all columns left of them; the codebooks of
+    the panel's stripe must be in place when it returns.
     """
+    d = state.dim
     error = torch.zeros_like(weight)
-    for start, stop in blocks:
-        inner = upper[start:stop, start:stop]
+    for start, stop in state.panels(width):
+        inner = upper[start:stop, start:stop].contiguous()
         carried = error[:, :start] @ upper[:start, start:stop]
-        if begin_block is not None:
-            shift = torch.linalg.solve_triangular(inner, carried, upper=True, left=False)
-            begin_block(start, stop, weight[:, start:stop] + shift)
-        for a in range(0, stop - start, step):
-            b = a + step
-            corner = inner[a:b, a:b]
-            metric = corner @ corner.T
-            w = weight[:, start + a : start + b]
-            linear = w @ metric + carried[:, a:b] @ corner.T
-            e = w - choose(start + a, linear, metric)
-            error[:, start + a : start + b] = e
-            if b < stop - start:
-                carried[:, b:].addmm_(e, inner[a:b, b:])
-    return weight - error
+        shift = torch.linalg.solve_triangular(inner, carried, upper=True, left=False)
+        begin_panel(start, stop, weight[:, start:stop] + shift)
+        corner = diagonal_blocks(inner, d).transpose(1, 2)
+        error[:, start:stop] = solve_panel(
+            state,
+            start // d,
+            base=weight[:, start:stop],
+            u=carried,
+            a=corner,
+            m=corner.transpose(1, 2) @ corner,
+            b=inner,
+        )

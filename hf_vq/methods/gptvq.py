@@ -25,9 +25,7 @@ from hf_vq.methods.lookup import Lookup
 from hf_vq.methods.statistics import Statistics
 
 # Points one codebook is trained on, per centroid: more do not move its centroids measurably.
-_POINTS_PER_CENTROID = 256
-# Widest block the sweep handles at once when stripes are wider.
-_SWEEP_BLOCK = 128
+_POINTS_PER_CENTROID = 128
 
 
 @dataclass(frozen=True)
@@ -123,27 +121,13 @@ class _Solver:
 
     # -- sweep ---------------------------------------------------------------------------------
     def sweep(self) -> None:
-        columns = self.target.shape[1]
-        width = min(
-            self.spec.group_columns,
-            max(_SWEEP_BLOCK // self.spec.vector_dim, 1) * self.spec.vector_dim,
-        )
-        edges: list[tuple[int, int]] = []
-        for stripe in range(0, columns, self.spec.group_columns):
-            end = min(stripe + self.spec.group_columns, columns)
-            edges += [(a, min(a + width, end)) for a in range(stripe, end, width)]
-        sweep(
-            self.target, self.factor.upper, self.spec.vector_dim, edges, self._begin, self._choose
-        )
-
-    def _choose(self, start: int, linear: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
-        return self.state.choose(start // self.spec.vector_dim, linear, metric)
+        sweep(self.target, self.factor.upper, self.state, self._begin)
 
     def _begin(self, start: int, stop: int, compensated: torch.Tensor) -> None:
         if start % self.spec.group_columns:
             return
         end = min(start + self.spec.group_columns, self.target.shape[1])
-        if end > stop:  # a stripe wider than a sweep block: its later columns as they stand
+        if end > stop:  # a stripe wider than a panel: its later columns as they stand
             compensated = torch.cat([compensated, self.target[:, stop:end]], 1)
         stripe = start // self.spec.group_columns
         importance = self.factor.upper.diagonal()[start:end].square()

@@ -9,37 +9,59 @@ from __future__ import annotations
 
 import torch
 
-# Distances of one chunk, so that no (groups, n, k) array larger than this exists (float32 values).
-_CHUNK = 1 << 24
+# Costs computed at once: (groups, n, k) values that should stay in a CPU's cache, and on a GPU are
+# enough to fill it.
+_CHUNK = {"cpu": 1 << 18}
+_CHUNK_ELSEWHERE = 1 << 24
+# Up to here the sums of the M-step are a matrix product with one-hot rows, beyond it a scatter.
+_ONE_HOT_LIMIT = 16
+
+
+def _features(points: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(groups, n, 2 d): the weights, then the weighted points. All that an iteration reads."""
+    return torch.cat([weights, weights * points], -1)
+
+
+def _assign(features: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest centroid of every point, (groups, n), and its cost without the constant term."""
+    groups, n, _ = features.shape
+    k = centroids.shape[1]
+    # w (x - c)^2 = w . c^2 - 2 (w x) . c + constant
+    table = torch.cat([centroids.square(), -2 * centroids], -1).transpose(1, 2).contiguous()
+    index = torch.empty(groups, n, dtype=torch.long, device=features.device)
+    cost = torch.empty(groups, n, device=features.device)
+    size = _CHUNK.get(features.device.type, _CHUNK_ELSEWHERE)
+    some = max(1, size // (n * k))
+    step = max(1, size // k) if some == 1 else n
+    for g in range(0, groups, some):
+        for lo in range(0, n, step):
+            part = torch.bmm(features[g : g + some, lo : lo + step], table[g : g + some])
+            # min() with indices is about twice as fast as argmin() on a CPU
+            torch.min(
+                part,
+                -1,
+                out=(cost[g : g + some, lo : lo + step], index[g : g + some, lo : lo + step]),
+            )
+    return index, cost
 
 
 def assign(points: torch.Tensor, weights: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Index (groups, n) of the centroid nearest in the weighted distance.
 
-    points, weights: (groups, n, d). centroids: (groups, k, d). Constant terms are left out.
+    points, weights: (groups, n, d). centroids: (groups, k, d).
     """
-    groups, n, _ = points.shape
-    k = centroids.shape[1]
-    linear = (-2 * centroids).transpose(1, 2)
-    square = centroids.square().transpose(1, 2)
-    out = torch.empty(groups, n, dtype=torch.long, device=points.device)
-    chunk = max(1, _CHUNK // (groups * k))
-    for lo in range(0, n, chunk):
-        w = weights[:, lo : lo + chunk]
-        cost = torch.bmm(w, square)
-        cost.baddbmm_(w * points[:, lo : lo + chunk], linear)
-        out[:, lo : lo + chunk] = cost.argmin(-1)
-    return out
+    return _assign(_features(points, weights), centroids)[0]
 
 
-def _accumulate(
-    points: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    groups, _, d = points.shape
+def _accumulate(features: torch.Tensor, index: torch.Tensor, k: int) -> torch.Tensor:
+    """Sums of the features over every cluster, (groups, k, 2 d)."""
+    groups, _, width = features.shape
+    if k <= _ONE_HOT_LIMIT:
+        hot = index[:, None] == torch.arange(k, device=index.device)[:, None]
+        return torch.bmm(hot.to(features.dtype), features)
     flat = (index + k * torch.arange(groups, device=index.device)[:, None]).reshape(-1)
-    both = torch.cat([weights * points, weights], -1).reshape(-1, 2 * d)
-    total = torch.zeros(groups * k, 2 * d, device=points.device).index_add_(0, flat, both)
-    return total[:, :d].reshape(groups, k, d), total[:, d:].reshape(groups, k, d)
+    total = torch.zeros(groups * k, width, device=features.device)
+    return total.index_add_(0, flat, features.reshape(-1, width)).reshape(groups, k, width)
 
 
 def mahalanobis_seeds(points: torch.Tensor, present: torch.Tensor, k: int) -> torch.Tensor:
@@ -67,7 +89,7 @@ def mahalanobis_seeds(points: torch.Tensor, present: torch.Tensor, k: int) -> to
 def kmeans_plus_plus_seeds(
     points: torch.Tensor, weights: torch.Tensor, k: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007): next seed drawn in proportion to squared distance."""
+    """k-means++ (Arthur, Vassilvitskii 2007): the next seed in proportion to squared distance."""
     groups, n, d = points.shape
     rows = torch.arange(groups, device=points.device)
     chosen = torch.empty(groups, k, d, device=points.device)
@@ -100,33 +122,44 @@ def kmeans(
     Empty clusters are re-seeded at the points that are served worst (the release lets them
     collapse to zero). Stops early when the cost falls by less than `tolerance` of itself.
     """
-    present = weights.sum(-1) > 0
+    features = _features(points, weights)
+    d = points.shape[2]
     if init == "kmeans++":
         generator = torch.Generator().manual_seed(seed)
         centroids = kmeans_plus_plus_seeds(points, weights, k, generator)
     else:
-        centroids = mahalanobis_seeds(points, present, k)
+        centroids = mahalanobis_seeds(points, weights.sum(-1) > 0, k)
+    constant = (features[..., d:] * points).sum(-1)
+    total_constant = float(constant.sum())
     previous = float("inf")
     for _ in range(iterations):
-        index = assign(points, weights, centroids)
-        total, mass = _accumulate(points, weights, index, k)
-        centroids = torch.where(mass > 0, total / mass.clamp_min(1e-30), centroids)
-        gap = points - centroids.gather(1, index[..., None].expand(-1, -1, points.shape[2]))
-        cost_each = (weights * gap.square()).sum(-1)
-        cost = float(cost_each.sum())
+        index, cost = _assign(features, centroids)
+        sums = _accumulate(features, index, k)
+        mass = sums[..., :d]
+        centroids = torch.where(mass > 0, sums[..., d:] / mass.clamp_min(1e-30), centroids)
         empty = mass.sum(-1) <= 0
-        if bool(empty.any()):
-            worst = cost_each.topk(min(k, points.shape[1]), dim=1).indices
-            place = (empty.cumsum(1) - 1).clamp(0, worst.shape[1] - 1)
-            fresh = points.gather(
-                1, worst.gather(1, place)[..., None].expand(-1, -1, points.shape[2])
-            )
-            useful = cost_each.gather(1, worst.gather(1, place)) > 0
-            centroids = torch.where((empty & useful)[..., None], fresh, centroids)
-            if bool((empty & useful).any()):
-                previous = float("inf")
-                continue
-        if previous - cost <= tolerance * cost:
+        if bool(empty.any()) and _reseed(centroids, empty, points, cost + constant):
+            previous = float("inf")
+            continue
+        now = float(cost.sum()) + total_constant
+        if previous - now <= tolerance * now:
             break
-        previous = cost
+        previous = now
     return centroids
+
+
+def _reseed(
+    centroids: torch.Tensor, empty: torch.Tensor, points: torch.Tensor, cost: torch.Tensor
+) -> bool:
+    """Move centroids of empty clusters, in place, to the points that are served worst.
+
+    False if there is none left that is served badly (fewer distinct points than centroids).
+    """
+    worst = cost.topk(min(centroids.shape[1], points.shape[1]), dim=1)
+    place = (empty.cumsum(1) - 1).clamp(0, worst.indices.shape[1] - 1)
+    pick = worst.indices.gather(1, place)
+    floor = 1e-6 * cost.mean(1, keepdim=True).clamp_min(1e-30)
+    useful = empty & (worst.values.gather(1, place) > floor)
+    fresh = points.gather(1, pick[..., None].expand(-1, -1, points.shape[2]))
+    centroids[useful] = fresh[useful]
+    return bool(useful.any())

@@ -29,6 +29,17 @@ class Lookup:
     def dim(self) -> int:
         return self.codebooks.shape[-1]
 
+    def panels(self, width: int) -> list[tuple[int, int]]:
+        """Column ranges of about `width` columns that cover the matrix and respect its stripes."""
+        columns = self.index.shape[1] * self.dim
+        stripe = self.vectors_per_stripe * self.dim
+        step = min(stripe, max(1, width // self.dim) * self.dim)
+        out = []
+        for begin in range(0, columns, stripe):
+            end = min(begin + stripe, columns)
+            out += [(a, min(a + step, end)) for a in range(begin, end, step)]
+        return out
+
     def address(self) -> torch.Tensor:
         """Row of every vector's centroid in ``codebooks.reshape(-1, d)``, (r, V)."""
         _, groups, k, _ = self.codebooks.shape
@@ -47,23 +58,30 @@ class Lookup:
             q = q * self.scale.reshape(-1, 1)
         return q.reshape(len(self.index), -1)
 
-    def choose(self, vector: int, linear: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    def choose(
+        self, vector: int, linear: torch.Tensor, book: torch.Tensor, square: torch.Tensor
+    ) -> torch.Tensor:
         """Set and return the best q (r, d) for vector column `vector` of every row.
 
-        Minimizes ``q metric q^T - 2 linear . q`` over the row's codebook; linear (r, d).
+        Minimizes ``square(q) - 2 linear . q`` over the row's codebook. linear (r, d); book
+        (G, k, d), the stripe's codebooks; square (G, k), the quadratic term of every centroid.
         """
-        book = self.codebooks[vector // self.vectors_per_stripe]
         groups, k, d = book.shape
-        square = ((book @ metric) * book).sum(-1)
         step = linear.reshape(groups, -1, d)
-        if self.scale is None:
-            cost = torch.baddbmm(square[:, None], step, book.transpose(1, 2), alpha=-2)
-        else:
-            s = self.scale[:, vector].reshape(groups, -1, 1)
-            cost = torch.baddbmm(s * square[:, None], step, book.transpose(1, 2), alpha=-2)
-            # s > 0 divides out of s^2 quad - 2 s linear.c
-        best = cost.argmin(-1)
+        quadratic = square[:, None]
+        if self.scale is not None:
+            # s > 0 divides out of s^2 square - 2 s linear . c
+            quadratic = self.scale[:, vector].reshape(groups, -1, 1) * quadratic
+        cost = torch.baddbmm(quadratic, step, book.transpose(1, 2), alpha=-2)
+        best = cost.min(-1).indices
         self.index[:, vector] = best.reshape(-1)
         flat = (best + k * torch.arange(groups, device=best.device)[:, None]).reshape(-1)
         q = book.reshape(-1, d).index_select(0, flat)
         return q if self.scale is None else q * self.scale[:, vector : vector + 1]
+
+
+def diagonal_blocks(matrix: torch.Tensor, d: int) -> torch.Tensor:
+    """The (c/d, d, d) blocks on the diagonal of a (c, c) matrix."""
+    n = len(matrix) // d
+    blocks = matrix.reshape(n, d, n, d).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1).contiguous()

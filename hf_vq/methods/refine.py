@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_vq.methods.lookup import Lookup
+from hf_vq.methods.lookup import Lookup, diagonal_blocks
+from hf_vq.methods.panel import solve_panel
 
 # Columns whose products are kept fresh within a pass; the rest are updated once per panel.
 _PANEL = 64
@@ -29,24 +30,20 @@ def reassign(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> None
     """One pass of coordinate descent over all vectors, in place."""
     d = state.dim
     quantized = state.decode()
-    pull = (weight - quantized) @ hessian  # P = E H, kept up to date panel by panel
-    columns = weight.shape[1]
-    panel = max(d, _PANEL // d * d)
-    for start in range(0, columns, panel):
-        stop = min(start + panel, columns)
+    pull = (weight - quantized) @ hessian  # E H, kept up to date panel by panel
+    for start, stop in state.panels(_PANEL):
         local = hessian[start:stop, start:stop]
-        near = pull[:, start:stop].clone()
-        moved = torch.zeros(len(weight), stop - start, device=weight.device)
-        for a in range(0, stop - start, d):
-            b = a + d
-            metric = local[a:b, a:b]
-            old = quantized[:, start + a : start + b]
-            new = state.choose((start + a) // d, near[:, a:b] + old @ metric, metric)
-            step = new - old
-            moved[:, a:b] = step
-            if b < stop - start:
-                near[:, b:].addmm_(step, local[a:b, b:], alpha=-1)
-        pull.addmm_(moved, hessian[start:stop], alpha=-1)
+        metric = diagonal_blocks(local, d)
+        delta = solve_panel(
+            state,
+            start // d,
+            base=quantized[:, start:stop],
+            u=pull[:, start:stop],
+            a=torch.eye(d, device=weight.device).expand(len(metric), d, d),
+            m=metric,
+            b=local,
+        )
+        pull.addmm_(delta, hessian[start:stop])
 
 
 def fit_codebooks(
