@@ -79,7 +79,7 @@ class _Worker:
     def quantize(self, name: str, statistics: Statistics | None) -> PackedLinear:
         """Quantize one matrix; the result waits in `packed` until it is swapped in."""
         began = time.perf_counter()
-        linear = self.model.get_submodule(name)
+        linear = linear_of(self.model, name)
         weight = linear.weight.detach().to(self.device, torch.float32)
         if not bool(torch.isfinite(weight).all()):
             bad = int((~torch.isfinite(weight)).sum())
@@ -110,6 +110,14 @@ class _Worker:
         for name in names:
             training = self.model.get_submodule(name).training
             self.model.set_submodule(name, self.packed.pop(name).train(training))
+
+
+def linear_of(module: nn.Module, name: str) -> nn.Linear:
+    """The dense linear layer called `name`."""
+    linear = module.get_submodule(name)
+    if not isinstance(linear, nn.Linear) or linear.weight is None:
+        raise TypeError(f"{name} is a {type(linear).__name__}, not a dense nn.Linear")
+    return linear
 
 
 def move_codes(codes: Any) -> Any:
@@ -183,7 +191,7 @@ class _Block:
         self.dense_path = None
         if streams.dense is not None:
             self.dense_path = BlockPath(twin(block), index, captured, worker.device)
-        self.linears = {n: block.get_submodule(n) for n in names}
+        self.linears = {n: linear_of(block, n) for n in names}
 
     def quantize(self, true_sequential: bool, advance: bool) -> None:
         with ExitStack() as stack:

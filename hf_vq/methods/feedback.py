@@ -3,9 +3,9 @@
 With ``H = R R^T``, R upper triangular, the output error of quantizing W to Q column by column is
 ``||(W - Q) R||^2 = sum_j ||(W - Q)_j R_jj + sum_{i<j} (W - Q)_i R_ij||^2``. Everything left of
 column j is fixed when j is quantized, so the best it can aim for is the *compensated* weight
-``W_j + sum_{i<j} (W - Q)_i R_ij / R_jj`` at a price of ``R_jj^2`` per unit of squared error. That is
-GPTQ's and GPTVQ's update (their U is R^-1, so R_jj^2 is their 1/[H^-1]_jj) without ever inverting
-the Hessian, exact for vectors of several columns too: then R_jj is a block.
+``W_j + sum_{i<j} (W - Q)_i R_ij / R_jj`` at a price of ``R_jj^2`` per unit of squared error. That
+is GPTQ's and GPTVQ's update (their U is R^-1, so R_jj^2 is their 1/[H^-1]_jj) without ever
+inverting the Hessian, exact for vectors of several columns too: then R_jj is a block.
 
 Both vector methods use it: GPTVQ with steps of `vector_dim` columns, VPTQ with steps of one.
 """

@@ -1,9 +1,9 @@
 """GPTVQ (van Baalen et al., arXiv 2402.15319): one weight matrix to codes.
 
 For every stripe of columns, codebooks are fitted by weighted k-means to the weights as error
-feedback has left them; the sweep picks a centroid for `vector_dim` columns at a time; then codes and
-codebooks are refined in turn on the exact output error (`hf_vq.methods.refine`), and the codebooks
-are rounded to their stored precision with the codes re-chosen for the rounded ones.
+feedback has left them; the sweep picks a centroid for `vector_dim` columns at a time; then codes
+and codebooks are refined in turn on the exact output error (`hf_vq.methods.refine`), and the
+codebooks are rounded to their stored precision with the codes re-chosen for the rounded ones.
 
 Where this departs from the released code (each measured, see docs and tests): k-means and look-up
 weights are 1/u^2 as the derivation asks, feedback uses the exact block of `vector_dim` columns,
@@ -13,12 +13,13 @@ convex solve, and codes are revisited.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from hf_vq.formats.gptvq import GPTVQCodes, GPTVQSpec
 from hf_vq.methods import refine
+from hf_vq.methods.codebooks import as_integers, low_rank, sort_entries
 from hf_vq.methods.feedback import Factor, correction, factorize, sweep
 from hf_vq.methods.kmeans import kmeans
 from hf_vq.methods.lookup import Lookup
@@ -112,12 +113,14 @@ class _Solver:
                 device=device,
             ),
             index=torch.zeros(rows, spec.num_vectors, dtype=torch.long, device=device),
-            scale=None,
+            scale=torch.ones(rows, spec.num_vectors, device=device) if spec.scale_block else None,
             vectors_per_stripe=spec.group_columns // spec.vector_dim,
             row_mask=(torch.arange(rows, device=device) < spec.out_features).float()[:, None],
         )
-        self.codebook_scales: torch.Tensor | None = None
-        self.codebook_ints: torch.Tensor | None = None
+        self.scale_codes = torch.zeros(
+            spec.out_features, spec.num_scale_blocks, dtype=torch.uint8, device=device
+        )
+        self.scale_grid = torch.zeros(2, spec.num_scale_blocks, device=device)
 
     # -- sweep ---------------------------------------------------------------------------------
     def sweep(self) -> None:
@@ -129,15 +132,24 @@ class _Solver:
         end = min(start + self.spec.group_columns, self.target.shape[1])
         if end > stop:  # a stripe wider than a panel: its later columns as they stand
             compensated = torch.cat([compensated, self.target[:, stop:end]], 1)
+        if self.spec.scale_block:
+            self._fit_scales(compensated, start)
         stripe = start // self.spec.group_columns
         importance = self.factor.upper.diagonal()[start:end].square()
-        self.state.codebooks[stripe] = self._fit_stripe(compensated, importance)
+        self.state.codebooks[stripe] = self._fit_stripe(compensated, importance, start)
 
-    def _fit_stripe(self, weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    def _fit_stripe(
+        self, weight: torch.Tensor, importance: torch.Tensor, first: int
+    ) -> torch.Tensor:
+        """Codebooks (G, k, d) for the columns from `first` on; weight (r, width)."""
         spec = self.spec
         d, groups = spec.vector_dim, spec.num_row_groups
-        points = weight.reshape(groups, -1, d)
-        w = (importance[None] * self.state.row_mask).reshape(groups, -1, d)
+        w = importance[None] * self.state.row_mask
+        if self.state.scale is not None:
+            vectors = self.state.scale[:, first // d : (first + weight.shape[1]) // d]
+            scale = vectors.repeat_interleave(d, 1)
+            weight, w = weight / scale, w * scale.square()
+        points, w = weight.reshape(groups, -1, d), w.reshape(groups, -1, d)
         limit = _POINTS_PER_CENTROID * spec.num_centroids
         if points.shape[1] > limit:
             generator = torch.Generator().manual_seed(self.options.seed)
@@ -153,15 +165,42 @@ class _Solver:
             seed=self.options.seed,
         )
 
+    # -- scales -----------------------------------------------------------------------------------
+    def _fit_scales(self, weight: torch.Tensor, first: int) -> None:
+        """Scales of the blocks that begin in a stripe, from its compensated weights (section 3.5).
+
+        weight: (r, width), columns from `first` on. The last block may reach beyond it.
+        """
+        spec, real = self.spec, self.spec.out_features
+        block = spec.scale_block
+        begin, end = -(-first // block), -(-(first + weight.shape[1]) // block)
+        for b in range(begin, min(end, spec.num_scale_blocks)):
+            lo, hi = b * block, min((b + 1) * block, self.target.shape[1])
+            columns = weight[:, lo - first : hi - first]
+            if hi > first + weight.shape[1]:  # beyond the stripe: the weights as they stand
+                columns = torch.cat([columns, self.target[:, first + weight.shape[1] : hi]], 1)
+            size = columns[:real].abs().amax(1)
+            codes, offset, step = scale_codes(size, spec.scale_domain)
+            self.scale_codes[:, b] = codes
+            self.scale_grid[:, b] = torch.stack([offset, step])
+            value = decode_scale(codes, offset, step, spec.scale_domain)
+            d = spec.vector_dim
+            assert self.state.scale is not None
+            self.state.scale[:real, lo // d : hi // d] = value[:, None]
+
     # -- refinement ------------------------------------------------------------------------------
     def refine(self) -> None:
-        h = self.factor.hessian
-        for _ in range(self.options.refine_iterations):
+        """Codes and codebooks in turn, then the stored precision; never worse than the sweep."""
+        rounds = self.options.refine_iterations
+        swept = self._stored() if rounds or self.options.codebook_update else None
+        for _ in range(rounds):
             self._update()
-            refine.reassign(self.target, h, self.state)
+            refine.reassign(self.target, self.factor.hessian, self.state)
         self._update()
-        self._round()
-        refine.reassign(self.target, h, self.state)
+        best = self._stored()
+        if swept is not None and swept.loss < best.loss:
+            best = swept
+        self.state, self.stored = best.state, best
 
     def _update(self) -> None:
         if self.options.codebook_update:
@@ -172,20 +211,90 @@ class _Solver:
                 iterations=self.options.codebook_update_iterations,
             )
 
-    def _round(self) -> None:
-        if self.spec.codebook_dtype == "float16":
-            self.state.codebooks = self.state.codebooks.half().float()
-            return
-        top = {"int8": 127, "int4": 7}[self.spec.codebook_dtype]
-        books = self.state.codebooks
-        scale = (books.abs().amax((2, 3)) / top).clamp_min(1e-30).bfloat16().float()
-        ints = (books / scale[..., None, None]).round().clamp(-top - 1, top)
-        self.codebook_scales, self.codebook_ints = scale, ints
-        self.state.codebooks = ints * scale[..., None, None]
+    def _stored(self) -> _Stored:
+        """A copy of the state as it would be stored: codebooks rounded, codes chosen for them."""
+        spec, h = self.spec, self.factor.hessian
+        state = replace(self.state, index=self.state.index.clone())
+        if spec.svd_rank:
+            stored = self._factored(state)
+        elif spec.codebook_dtype == "float16":
+            state.codebooks = state.codebooks.half().float()
+            stored = _Stored(state, values=state.codebooks)
+        else:
+            flat = state.codebooks.flatten(2)
+            mass = refine.importance(h, state).flatten(2)
+            integers, scales = as_integers(flat, mass, spec.codebook_dtype)
+            stored = _Stored(state, values=integers.reshape(state.codebooks.shape), scales=scales)
+            state.codebooks = (integers * scales[..., None]).reshape(state.codebooks.shape)
+        refine.reassign(self.target, h, state)
+        stored.loss = refine.loss(self.target, h, state)
+        return stored
+
+    def _factored(self, state: Lookup) -> _Stored:
+        sort_entries(state)
+        factors, basis = low_rank(state.codebooks, self.spec.svd_rank)
+        shape = state.codebooks.shape
+        state.codebooks = (factors @ basis).reshape(shape)
+        if self.options.codebook_update:
+            factors = factors + refine.fit_codebooks(
+                self.target,
+                self.factor.hessian,
+                state,
+                iterations=self.options.codebook_update_iterations,
+                basis=basis,
+            )
+        stored = _Stored(state, values=factors, basis=basis)
+        if self.spec.codebook_dtype == "int8":
+            mass = refine.importance(self.factor.hessian, state)[..., 0] @ basis.square().T
+            stored.values, stored.scales = as_integers(factors, mass, "int8")
+            factors = stored.values * stored.scales[..., None]
+        else:
+            stored.values = factors = factors.half().float()
+        state.codebooks = (factors @ basis).reshape(shape)
+        return stored
 
     def codes(self) -> GPTVQCodes:
+        stored, scaled = self.stored, bool(self.spec.scale_block)
+        factored = stored.basis is not None
         return GPTVQCodes(
             indices=self.state.index[: self.spec.out_features],
-            codebooks=self.state.codebooks if self.codebook_ints is None else self.codebook_ints,
-            codebook_scales=self.codebook_scales,
+            codebooks=None if factored else stored.values,
+            codebook_scales=stored.scales,
+            scale_codes=self.scale_codes if scaled else None,
+            scale_grid=self.scale_grid if scaled else None,
+            codebook_factors=stored.values if factored else None,
+            codebook_basis=stored.basis,
         )
+
+
+@dataclass
+class _Stored:
+    """A state at stored precision: integers (or floats) of its codebooks, or of their factors."""
+
+    state: Lookup
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+    basis: torch.Tensor | None = None
+    loss: float = float("inf")
+
+
+def scale_codes(size: torch.Tensor, domain: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """4-bit codes (r,) for the sizes (r,) of one column of blocks, and their grid: offset, step.
+
+    The grid spans the smallest to the largest size, except that rows more than 256 times smaller
+    than the largest (all-zero ones, say) do not stretch it.
+    """
+    size = size.clamp_min(float(size.max()) / 256).clamp_min(1e-30)
+    z = size.log2() if domain == "log" else size
+    offset = z.min().bfloat16().float()
+    step = ((z.max() - offset) / 15).clamp_min(0).bfloat16().float()
+    codes = ((z - offset) / step.clamp_min(1e-30)).round().clamp(0, 15)
+    return codes.to(torch.uint8), offset, step
+
+
+def decode_scale(
+    codes: torch.Tensor, offset: torch.Tensor, step: torch.Tensor, domain: str
+) -> torch.Tensor:
+    """The scales that the format's decoder computes from codes and grid."""
+    z = offset.double() + step.double() * codes
+    return (z.exp2() if domain == "log" else z).float()

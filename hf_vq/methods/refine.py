@@ -46,6 +46,15 @@ def reassign(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> None
         pull.addmm_(delta, hessian[start:stop])
 
 
+def importance(hessian: torch.Tensor, state: Lookup) -> torch.Tensor:
+    """Diagonal of the codebooks' normal matrix, as (S, G, k, d): the mass behind every entry."""
+    each = (hessian.diagonal()[None] * state.row_mask).reshape(-1, state.dim)
+    if state.scale is not None:
+        each = each * state.scale.reshape(-1, 1).square()
+    table = torch.zeros_like(state.codebooks.reshape(-1, state.dim))
+    return table.index_add_(0, state.address().reshape(-1), each).reshape(state.codebooks.shape)
+
+
 def fit_codebooks(
     weight: torch.Tensor,
     hessian: torch.Tensor,
@@ -53,13 +62,16 @@ def fit_codebooks(
     *,
     iterations: int,
     tolerance: float = 1e-4,
-) -> None:
+    basis: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Least-squares codebooks for fixed codes, in place; never raises the loss.
 
     The normal matrix couples all codebooks of the matrix through H and is never formed: its product
-    with a codebook is gather, multiply by H, scatter.
+    with a codebook is gather, multiply by H, scatter. With a basis (rank, k) the 1-D codebooks stay
+    in its span. Returns what was added to the codebooks (S, G, k, d), or to their factors
+    (S, G, rank).
     """
-    table = state.codebooks.reshape(-1, state.dim)
+    shape = state.codebooks.shape
     address = state.address().reshape(-1)
     rows, columns = weight.shape
     scale = None if state.scale is None else state.scale.reshape(-1, 1)
@@ -68,20 +80,24 @@ def fit_codebooks(
         parts = (dense * state.row_mask).reshape(-1, state.dim)
         if scale is not None:
             parts = parts * scale
-        return torch.zeros_like(table).index_add_(0, address, parts)
+        table = torch.zeros(shape[0] * shape[1] * shape[2], state.dim, device=dense.device)
+        table.index_add_(0, address, parts)
+        return table if basis is None else table.reshape(-1, shape[2]) @ basis.T
 
     def gather(values: torch.Tensor) -> torch.Tensor:
-        q = values.index_select(0, address)
+        table = values if basis is None else (values @ basis).reshape(-1, 1)
+        q = table.index_select(0, address)
         return (q if scale is None else q * scale).reshape(rows, columns) * state.row_mask
 
-    diagonal = hessian.diagonal()[None].expand(rows, columns).reshape(-1, state.dim)
-    weight_each = diagonal if scale is None else diagonal * scale.square()
-    mask_each = state.row_mask.expand(rows, columns).reshape(-1, state.dim)
-    precondition = torch.zeros_like(table).index_add_(0, address, weight_each * mask_each)
-    precondition = torch.where(precondition > 0, 1 / precondition.clamp_min(1e-30), 0)
+    mass = importance(hessian, state)
+    if basis is None:
+        mass = mass.reshape(-1, state.dim)
+    else:
+        mass = mass.reshape(-1, shape[2]) @ basis.square().T
+    precondition = torch.where(mass > 0, 1 / mass.clamp_min(1e-30), 0)
 
     residual = scatter(((weight - state.decode()) * state.row_mask) @ hessian)
-    solution = torch.zeros_like(table)
+    solution = torch.zeros_like(residual)
     direction = precondition * residual
     energy = first = (residual * direction).sum()
     for _ in range(iterations):
@@ -98,4 +114,6 @@ def fit_codebooks(
         fresh = (residual * preconditioned).sum()
         direction = preconditioned + (fresh / energy) * direction
         energy = fresh
-    state.codebooks = (table + solution).reshape(state.codebooks.shape)
+    added = solution if basis is None else solution @ basis
+    state.codebooks = state.codebooks + added.reshape(shape)
+    return solution.reshape(shape if basis is None else (*shape[:2], len(basis)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def exact_products_of(dtype: torch.dtype) -> Iterator[None]:
     The inputs are representable in bfloat16 and the units accumulate in float32, so nothing is
     lost, and machines that have them do it 3 to 10 times faster.
     """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if dtype is not torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
         yield
         return
