@@ -8,7 +8,7 @@ with at the price of an embedding look-up; `BlockPath` then runs one block on it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Blocks are the members of the `nn.ModuleList`s whose class the model declares unsplittable
     (`_no_split_modules`); without such a declaration, the ModuleList with the most parameters.
     """
-    declared = {name for name in (getattr(model, "_no_split_modules", None) or ())}
+    declared = set(getattr(model, "_no_split_modules", None) or ())
     lists: list[tuple[int, dict[str, nn.Module]]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 0:
@@ -118,8 +118,8 @@ def capture(
             except _ReturnsTuples:
                 if attempt or wrap_in_tuple:
                     raise BlockError(
-                        f"{name}: blocks change the shape of their hidden states; hf_vq walks plain "
-                        "stacks of decoder blocks"
+                        f"{name}: blocks change the shape of their hidden states; hf_vq walks "
+                        "plain stacks of decoder blocks"
                     ) from None
                 wrap_in_tuple = True
                 shape = tuple(found.hidden.pop().shape)
@@ -162,7 +162,7 @@ class BlockPath:
     """One block, run on captured hidden states, that does not compute its children twice.
 
     Collecting statistics group by group runs the block several times, each time further. Once the
-    output of a child (attention, MLP) is final it is kept per batch and handed back by the next run.
+    output of a child (attention, MLP) is final it is kept per batch, for the next run to hand back.
     """
 
     def __init__(self, block: nn.Module, index: int, captured: Captured, device: torch.device):
@@ -182,7 +182,7 @@ class BlockPath:
 
     @torch.no_grad()
     def run(self, batch: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """The block's output for hidden states (batch, seqlen, width); None if a hook stopped it."""
+        """The block's output for states (batch, seqlen, width); None if a hook stopped it."""
         self._batch = batch
         args, kwargs = self.calls[tuple(hidden.shape[:-1])]
         try:
@@ -216,7 +216,7 @@ class BlockPath:
 
         return call
 
-    def probe(self, linears: dict[str, nn.Module], hidden: torch.Tensor) -> Layout:
+    def probe(self, linears: Mapping[str, nn.Module], hidden: torch.Tensor) -> Layout:
         """Run once and look at which tensors go where."""
         groups: dict[tuple, list[str]] = {}
         outputs: dict[int, str] = {}

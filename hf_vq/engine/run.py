@@ -1,10 +1,10 @@
 """Quantizing a model block by block, on inputs that come from the blocks already quantized.
 
-For every decoder block: collect the statistics of its linears' inputs, quantize them, run the block
-again for the inputs of the next one. With `true_sequential` the linears of a block are done group by
-group (q/k/v, then o, then gate/up, then down), each on inputs that its quantized predecessors
-produce. With `asymmetric_calibration` the unquantized model walks along, so that every layer can aim
-at what the original would have computed (see `Statistics.shift`).
+For every decoder block: collect the statistics of its linears' inputs, quantize them, run the
+block again for the inputs of the next one. With `true_sequential` the linears of a block are done
+group by group (q/k/v, then o, then gate/up, then down), each on inputs that its quantized
+predecessors produce. With `asymmetric_calibration` the unquantized model walks along, so that every
+layer can aim at what the original would have computed (see `Statistics.shift`).
 
 Only one block and its statistics are ever on the calibration device; hidden states wait on the CPU.
 """
@@ -222,24 +222,26 @@ class _Block:
                 weight = packed.dequantize(linear.weight.dtype).to(self.worker.device)
                 linear.weight = nn.Parameter(weight, requires_grad=False)
         self.path.recording |= finished
-        if tail:
-            linear, nones = layout.tails[tail]
+        if tail is not None:
+            child, last, nones = tail
             for batch, x in enumerate(inputs):
                 with torch.no_grad():
-                    out = self.linears[linear](x.to(self.worker.device))
-                self.path.keep(tail, batch, out if nones is None else (out, *[None] * nones))
+                    out = self.linears[last](x.to(self.worker.device))
+                self.path.keep(child, batch, out if nones is None else (out, *[None] * nones))
 
-    def _tail(self, stage: list[list[str]], layout: Layout, finished: set[str]) -> str | None:
-        """The child whose output can be had without running it again.
+    def _tail(
+        self, stage: list[list[str]], layout: Layout, finished: set[str]
+    ) -> tuple[str, str, int | None] | None:
+        """A child whose output can be had without running it again, and the linear it ends with.
 
-        It is, where the stage is the one linear that the child ends with: that linear's input, which
-        the statistics need anyway, is kept (unless it is much wider than the hidden states).
+        There is one where the stage is just that linear: its input, which the statistics need
+        anyway, is kept (unless it is much wider than the hidden states).
         """
         width = self.streams.quantized[0].shape[-1]
-        for child in finished:
-            linear, _ = layout.tails.get(child, (None, None))
-            if stage == [[linear]] and self.linears[linear].in_features <= 2 * width:
-                return child
+        for child in finished & layout.tails.keys():
+            last, nones = layout.tails[child]
+            if stage == [[last]] and self.linears[last].in_features <= 2 * width:
+                return child, last, nones
         return None
 
     def _collect(
