@@ -25,52 +25,84 @@ from hf_vq.methods.panel import solve_panel
 class Factor:
     """H + damping = upper @ upper.T, and what had to be done to get there.
 
-    upper: float32 (c, c) upper triangular. hessian: the damped H that it factors.
-    damping: relative to mean(diag H). notes: empty when nothing unusual happened.
+    upper: float32 (c, c) upper triangular. hessian: the damped H that it factors. damping: relative
+    to mean(diag H). added: the same, as what was added to the diagonal. notes: empty when nothing
+    unusual happened.
     """
 
     upper: torch.Tensor
     hessian: torch.Tensor
     damping: float
+    added: float
     notes: list[str]
 
 
-def factorize(hessian: torch.Tensor, damping: float = 0.01) -> Factor:
+def factorize(hessian: torch.Tensor, damping: float = 0.01, *, in_place: bool = False) -> Factor:
     """Damp and factor a Hessian of shape (c, c); never fails, says what it did instead.
 
     Dead inputs (zero diagonal) get the damping alone. If the factorization breaks down (too few
     tokens, rounding) the damping grows tenfold up to 1, then only the diagonal is kept; a Hessian
-    with non-finite entries falls back to its diagonal, or to the identity.
+    with non-finite entries falls back to its diagonal, or to the identity. in_place: damp the given
+    float32 matrix itself, which saves a copy.
     """
     notes: list[str] = []
-    h = hessian.float()
-    diagonal = h.diagonal()
+    h = hessian if in_place else hessian.float().clone()
     if not bool(torch.isfinite(h).all()):
+        diagonal = h.diagonal().clone()
         usable = bool(torch.isfinite(diagonal).all()) and bool((diagonal > 0).any())
         notes.append("non-finite Hessian: " + ("its diagonal" if usable else "identity") + " used")
-        h = torch.diag(diagonal) if usable else torch.eye(len(h), device=h.device)
-        diagonal = h.diagonal()
+        h.zero_().diagonal().copy_(diagonal if usable else torch.ones_like(diagonal))
+    diagonal = h.diagonal().clone()
     dead = int((diagonal <= 0).sum())
     if dead:
         notes.append(f"{dead} dead input channels")
     mean = float(diagonal.clamp_min(0).mean())
     if mean <= 0:
         notes.append("all-zero Hessian: identity used")
-        h, mean = torch.eye(len(h), device=h.device), 1.0
+        h.zero_().diagonal().fill_(1.0)
+        diagonal, mean = h.diagonal().clone(), 1.0
     level = damping
     while level <= 1.0:
-        damped = h.clone()
-        damped.diagonal().add_(level * mean)
-        # The reversed Cholesky: flipping both axes turns lower into upper.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+        h.diagonal().copy_(diagonal + level * mean)
+        upper = _upper_factor(h)
+        if upper is not None:
             if level != damping:
                 notes.append(f"damping raised to {level:g}")
-            return Factor(lower.flip(0, 1).contiguous(), damped, level, notes)
+            return Factor(upper, h, level, level * mean, notes)
         level = max(level, 1e-4) * 10
     notes.append("Hessian not positive definite: its diagonal used")
-    damped = torch.diag(h.diagonal().clamp_min(0) + damping * mean)
-    return Factor(damped.sqrt(), damped, damping, notes)
+    h.zero_().diagonal().copy_(diagonal.clamp_min(0) + damping * mean)
+    return Factor(h.sqrt(), h, damping, damping * mean, notes)
+
+
+def _upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
+    """R upper triangular with R R^T = matrix, or None if it is not positive definite.
+
+    One new (c, c) array and nothing else: for a wide layer this is the peak of memory. R is the
+    Cholesky factor of the matrix read backwards, read backwards; reading both axes of a contiguous
+    matrix backwards is reading its memory backwards.
+    """
+    work = matrix.clone(memory_format=torch.contiguous_format)
+    _reverse(work)
+    info = torch.empty((), dtype=torch.int32, device=work.device)
+    # LAPACK factors column-major matrices where they are; of a symmetric one that is the transpose
+    lower = work.mT
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    if int(info) != 0 or not bool(torch.isfinite(work.diagonal().sum())):
+        return None
+    _reverse(work)
+    return work.mT
+
+
+def _reverse(matrix: torch.Tensor, chunk: int = 1 << 20) -> None:
+    """Reverse both axes of a contiguous matrix, in place."""
+    flat = matrix.view(-1)
+    n = len(flat)
+    for lo in range(0, n // 2, chunk):
+        hi = min(lo + chunk, n // 2)
+        front = flat[lo:hi].flip(0)
+        flat[lo:hi] = flat[n - hi : n - lo].flip(0)
+        flat[n - hi : n - lo] = front
 
 
 def correction(weight: torch.Tensor, shift: torch.Tensor, factor: Factor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from hf_vq.formats.gptvq import GPTVQCodes, GPTVQSpec
 from hf_vq.methods import refine
 from hf_vq.methods.codebooks import as_integers, low_rank, sort_entries
-from hf_vq.methods.feedback import Factor, correction, factorize, sweep
+from hf_vq.methods.feedback import Factor, correction, sweep
 from hf_vq.methods.kmeans import kmeans
 from hf_vq.methods.lookup import Lookup
 from hf_vq.methods.statistics import Statistics
@@ -61,38 +61,53 @@ def quantize(
     spec: GPTVQSpec,
     options: GPTVQOptions = GPTVQOptions(),
 ) -> Quantized:
-    """Quantize weight (out_features, in_features), any float dtype, on its own device."""
-    columns = spec.num_vectors * spec.vector_dim
-    hessian = (
-        torch.eye(spec.in_features, device=weight.device)
-        if statistics is None
-        else statistics.hessian.to(weight.device)
-    )
-    factor = factorize(hessian, options.damping)
+    """Quantize weight (out_features, in_features), any float dtype, on its own device.
+
+    statistics: of the layer's inputs, on the same device. None: every input counts the same. Never
+    writes to `weight`.
+    """
+    if statistics is None:
+        statistics = Statistics(torch.eye(spec.in_features, device=weight.device), tokens=0)
+    factor = statistics.factor(options.damping)
     dense = aim = weight.float()
-    if statistics is not None and statistics.shift is not None:
-        aim = dense + correction(dense, statistics.shift.to(dense.device), factor)
-    pad_columns = columns - spec.in_features
-    if pad_columns:
-        # Padding columns are free: no input ever reaches them.
-        tiny = 1e-3 * float(factor.hessian.diagonal().mean())
-        filler = torch.full((pad_columns,), tiny, device=weight.device)
-        factor = Factor(
-            torch.block_diag(factor.upper, torch.diag(filler.sqrt())),
-            torch.block_diag(factor.hessian, torch.diag(filler)),
-            factor.damping,
-            factor.notes,
-        )
-    target = torch.zeros(spec.num_row_groups * spec.group_rows, columns, device=weight.device)
-    target[: spec.out_features, : spec.in_features] = aim
+    if statistics.shift is not None:
+        aim = dense + correction(dense, statistics.shift, factor)
+    notes = list(factor.notes)
+    size = _without_damping(dense, factor)
+    target, factor = _padded(aim, factor, spec)
     solver = _Solver(target, factor, spec, options)
     solver.sweep()
     solver.refine()
-    codes = solver.codes()
     error = (target - solver.state.decode())[: spec.out_features, : spec.in_features]
-    norm = float(((dense @ hessian) * dense).sum(dtype=torch.float64))
-    lost = float(((error @ hessian) * error).sum(dtype=torch.float64))
-    return Quantized(codes, lost / norm if norm > 0 else 0.0, factor.notes)
+    lost = _without_damping(error, statistics.factor(options.damping))
+    return Quantized(solver.codes(), lost / size if size > 0 else 0.0, notes)
+
+
+def _without_damping(matrix: torch.Tensor, factor: Factor) -> float:
+    """tr(M H M^T) for the Hessian as it was before damping."""
+    damped = float(((matrix @ factor.hessian) * matrix).sum(dtype=torch.float64))
+    return max(0.0, damped - factor.added * float(matrix.square().sum(dtype=torch.float64)))
+
+
+def _padded(aim: torch.Tensor, factor: Factor, spec: GPTVQSpec) -> tuple[torch.Tensor, Factor]:
+    """The target and the factor with rows padded to whole groups and columns to whole vectors."""
+    rows = spec.num_row_groups * spec.group_rows
+    columns = spec.num_vectors * spec.vector_dim
+    if aim.shape == (rows, columns):
+        return aim, factor
+    target = torch.zeros(rows, columns, device=aim.device)
+    target[: spec.out_features, : spec.in_features] = aim
+    extra = columns - spec.in_features
+    if extra:
+        # Padding columns are free: no input ever reaches them.
+        tiny = 1e-3 * float(factor.hessian.diagonal().mean())
+        filler = torch.full((extra,), tiny, device=aim.device)
+        factor = replace(
+            factor,
+            upper=torch.block_diag(factor.upper, torch.diag(filler.sqrt())),
+            hessian=torch.block_diag(factor.hessian, torch.diag(filler)),
+        )
+    return target, factor
 
 
 class _Solver:

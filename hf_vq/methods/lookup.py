@@ -6,9 +6,14 @@ operation; padded rows have no say in the codebooks (`row_mask`) and are cut off
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
+
+# Weights worked on at once: few enough to stay in a CPU's cache, or to fill a GPU.
+_CHUNK = {"cpu": 1 << 20}
+_CHUNK_ELSEWHERE = 1 << 25
 
 
 @dataclass
@@ -39,6 +44,33 @@ class Lookup:
             end = min(begin + stripe, columns)
             out += [(a, min(a + step, end)) for a in range(begin, end, step)]
         return out
+
+    def row_chunks(self) -> Iterator[tuple[slice, slice, Lookup]]:
+        """(rows, row groups, the state of just these) in turn, so that temporaries stay small.
+
+        A chunk is a run of whole row groups, or a part of a single one; indices and scales are
+        views. Decoding it reads only its own groups' codebooks.
+        """
+        rows, vectors = self.index.shape
+        groups = self.codebooks.shape[1]
+        each = rows // groups
+        limit = max(1, _CHUNK.get(self.index.device.type, _CHUNK_ELSEWHERE) // (vectors * self.dim))
+        if limit >= rows:
+            yield slice(0, rows), slice(0, groups), self
+            return
+        for g in range(0, groups, max(1, limit // each)):
+            last = min(g + max(1, limit // each), groups)
+            step = (last - g) * each if each <= limit else limit
+            for lo in range(g * each, last * each, step):
+                here = slice(lo, min(lo + step, last * each))
+                part = replace(
+                    self,
+                    codebooks=self.codebooks[:, g:last],
+                    index=self.index[here],
+                    scale=None if self.scale is None else self.scale[here],
+                    row_mask=self.row_mask[here],
+                )
+                yield here, slice(g, last), part
 
     def address(self) -> torch.Tensor:
         """Row of every vector's centroid in ``codebooks.reshape(-1, d)``, (r, V)."""

@@ -22,37 +22,68 @@ _PANEL = 64
 
 def loss(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> float:
     """tr(E H E^T) over the real rows."""
-    error = (weight - state.decode()) * state.row_mask
-    return float(((error @ hessian) * error).sum(dtype=torch.float64))
+    total = 0.0
+    for rows, _, part in state.row_chunks():
+        error = (weight[rows] - part.decode()) * part.row_mask
+        total += float(((error @ hessian) * error).sum(dtype=torch.float64))
+    return total
 
 
 def reassign(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> None:
     """One pass of coordinate descent over all vectors, in place."""
     d = state.dim
-    quantized = state.decode()
-    pull = (weight - quantized) @ hessian  # E H, kept up to date panel by panel
-    for start, stop in state.panels(_PANEL):
-        local = hessian[start:stop, start:stop]
-        metric = diagonal_blocks(local, d)
-        delta = solve_panel(
-            state,
-            start // d,
-            base=quantized[:, start:stop],
-            u=pull[:, start:stop],
-            a=torch.eye(d, device=weight.device).expand(len(metric), d, d),
-            m=metric,
-            b=local,
-        )
-        pull.addmm_(delta, hessian[start:stop])
+    identity = torch.eye(d, device=weight.device)
+    panels = state.panels(_PANEL)
+    metrics = [diagonal_blocks(hessian[a:b, a:b], d) for a, b in panels]
+    for rows, _, part in state.row_chunks():
+        quantized = part.decode()
+        pull = (weight[rows] - quantized) @ hessian  # E H, kept up to date panel by panel
+        for (start, stop), metric in zip(panels, metrics, strict=True):
+            delta = solve_panel(
+                part,
+                start // d,
+                base=quantized[:, start:stop],
+                u=pull[:, start:stop],
+                a=identity.expand(len(metric), d, d),
+                m=metric,
+                b=hessian[start:stop, start:stop],
+            )
+            pull[:, stop:].addmm_(delta, hessian[start:stop, stop:])
 
 
 def importance(hessian: torch.Tensor, state: Lookup) -> torch.Tensor:
     """Diagonal of the codebooks' normal matrix, as (S, G, k, d): the mass behind every entry."""
-    each = (hessian.diagonal()[None] * state.row_mask).reshape(-1, state.dim)
-    if state.scale is not None:
-        each = each * state.scale.reshape(-1, 1).square()
-    table = torch.zeros_like(state.codebooks.reshape(-1, state.dim))
-    return table.index_add_(0, state.address().reshape(-1), each).reshape(state.codebooks.shape)
+    out = torch.zeros_like(state.codebooks)
+    diagonal = hessian.diagonal()[None]
+    for _, groups, part in state.row_chunks():
+        each = (diagonal * part.row_mask).reshape(-1, state.dim)
+        if part.scale is not None:
+            each = each * part.scale.reshape(-1, 1).square()
+        table = torch.zeros(part.codebooks.numel() // state.dim, state.dim, device=each.device)
+        table.index_add_(0, part.address().reshape(-1), each)
+        out[:, groups] += table.reshape(part.codebooks.shape)
+    return out
+
+
+def _normal_product(
+    hessian: torch.Tensor, state: Lookup, books: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the normal matrix makes of codebooks (S, G, k, d): gather, multiply by H, scatter.
+
+    With a weight: the same for ``weight - gathered``, that is, minus half of the loss's gradient.
+    """
+    out = torch.zeros_like(books)
+    for rows, groups, part in state.row_chunks():
+        dense = part.decode(books[:, groups])
+        if weight is not None:
+            dense = weight[rows] - dense
+        parts = ((dense * part.row_mask) @ hessian * part.row_mask).reshape(-1, state.dim)
+        if part.scale is not None:
+            parts = parts * part.scale.reshape(-1, 1)
+        table = torch.zeros(part.codebooks.numel() // state.dim, state.dim, device=parts.device)
+        table.index_add_(0, part.address().reshape(-1), parts)
+        out[:, groups] += table.reshape(part.codebooks.shape)
+    return out
 
 
 def fit_codebooks(
@@ -66,44 +97,30 @@ def fit_codebooks(
 ) -> torch.Tensor:
     """Least-squares codebooks for fixed codes, in place; never raises the loss.
 
-    The normal matrix couples all codebooks of the matrix through H and is never formed: its product
-    with a codebook is gather, multiply by H, scatter. With a basis (rank, k) the 1-D codebooks stay
-    in its span. Returns what was added to the codebooks (S, G, k, d), or to their factors
-    (S, G, rank).
+    The normal matrix couples all codebooks of the matrix through H and is never formed. With a
+    basis (rank, k) the 1-D codebooks stay in its span. Returns what was added to the codebooks
+    (S, G, k, d), or to their factors (S, G, rank).
     """
-    shape = state.codebooks.shape
-    address = state.address().reshape(-1)
-    rows, columns = weight.shape
-    scale = None if state.scale is None else state.scale.reshape(-1, 1)
 
-    def scatter(dense: torch.Tensor) -> torch.Tensor:
-        parts = (dense * state.row_mask).reshape(-1, state.dim)
-        if scale is not None:
-            parts = parts * scale
-        table = torch.zeros(shape[0] * shape[1] * shape[2], state.dim, device=dense.device)
-        table.index_add_(0, address, parts)
-        return table if basis is None else table.reshape(-1, shape[2]) @ basis.T
+    def expand(values: torch.Tensor) -> torch.Tensor:
+        return values if basis is None else (values @ basis)[..., None]
 
-    def gather(values: torch.Tensor) -> torch.Tensor:
-        table = values if basis is None else (values @ basis).reshape(-1, 1)
-        q = table.index_select(0, address)
-        return (q if scale is None else q * scale).reshape(rows, columns) * state.row_mask
+    def project(books: torch.Tensor) -> torch.Tensor:
+        return books if basis is None else books[..., 0] @ basis.T
 
     mass = importance(hessian, state)
-    if basis is None:
-        mass = mass.reshape(-1, state.dim)
-    else:
-        mass = mass.reshape(-1, shape[2]) @ basis.square().T
+    if basis is not None:
+        mass = mass[..., 0] @ basis.square().T
     precondition = torch.where(mass > 0, 1 / mass.clamp_min(1e-30), 0)
 
-    residual = scatter(((weight - state.decode()) * state.row_mask) @ hessian)
+    residual = project(_normal_product(hessian, state, state.codebooks, weight))
     solution = torch.zeros_like(residual)
     direction = precondition * residual
     energy = first = (residual * direction).sum()
     for _ in range(iterations):
         if not bool(energy > tolerance * first):
             break
-        product = scatter(gather(direction) @ hessian)
+        product = project(_normal_product(hessian, state, expand(direction)))
         curvature = (direction * product).sum()
         if not bool(curvature > 0):
             break
@@ -114,6 +131,5 @@ def fit_codebooks(
         fresh = (residual * preconditioned).sum()
         direction = preconditioned + (fresh / energy) * direction
         energy = fresh
-    added = solution if basis is None else solution @ basis
-    state.codebooks = state.codebooks + added.reshape(shape)
-    return solution.reshape(shape if basis is None else (*shape[:2], len(basis)))
+    state.codebooks = state.codebooks + expand(solution)
+    return solution

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from hf_vq.methods.feedback import Factor, factorize
 
 
 @dataclass
@@ -21,12 +23,25 @@ class Statistics:
 
     hessian: float32 (in_features, in_features), mean of x x^T over `tokens` tokens.
     shift: float32 (in_features, in_features) or None, mean of (x_dense - x) x^T where x_dense is
-    what the layer would have seen in the unquantized model.
+    what the layer would have seen in the unquantized model. owned: nobody else needs `hessian`, so
+    `factor` may damp it in place: a wide layer can hardly spare a copy.
     """
 
     hessian: torch.Tensor
     tokens: int
     shift: torch.Tensor | None = None
+    owned: bool = False
+    _factor: Factor | None = field(default=None, repr=False)
+    _asked: float | None = field(default=None, repr=False)
+
+    def factor(self, damping: float) -> Factor:
+        """The damped and factored Hessian, shared by all matrices that read the same input."""
+        if self._factor is None or self._asked != damping:
+            if self._factor is not None and self.owned:
+                self.hessian.diagonal().sub_(self._factor.added)
+            self._factor = factorize(self.hessian, damping, in_place=self.owned)
+            self._asked = damping
+        return self._factor
 
 
 @contextmanager
@@ -73,6 +88,10 @@ class HessianAccumulator:
         self.tokens += flat.shape[0]
 
     def statistics(self) -> Statistics:
+        """The means. Takes the sums along: they are too large to be held twice."""
         tokens = max(self.tokens, 1)
-        shift = None if self.cross is None else (self.cross - self.total) / tokens
-        return Statistics(self.total / tokens, self.tokens, shift)
+        shift, self.cross = self.cross, None
+        if shift is not None:
+            shift.sub_(self.total).div_(tokens)
+        hessian, self.total = self.total.div_(tokens), torch.empty(0)
+        return Statistics(hessian, self.tokens, shift, owned=True)
