@@ -71,8 +71,9 @@ def factorize(hessian: torch.Tensor, damping: float = 0.01, *, in_place: bool = 
             return Factor(upper, h, level, level * mean, notes)
         level = max(level, 1e-4) * 10
     notes.append("Hessian not positive definite: its diagonal used")
-    h.zero_().diagonal().copy_(diagonal.clamp_min(0) + damping * mean)
-    return Factor(h.sqrt(), h, damping, damping * mean, notes)
+    level = max(damping, 1e-4)  # dead inputs need some, or the sweep would divide by zero
+    h.zero_().diagonal().copy_(diagonal.clamp_min(0) + level * mean)
+    return Factor(h.sqrt(), h, level, level * mean, notes)
 
 
 def _upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
