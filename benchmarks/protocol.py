@@ -1,0 +1,115 @@
+"""How every row is measured: the data, the clock, perplexity and KL. See README.md beside this."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import hf_vq
+from hf_vq.engine.report import Reporter
+from hf_vq.engine.run import quantize_model
+from hf_vq.evaluation import compare, perplexity
+from hf_vq.formats.gptvq import GPTVQSpec
+from hf_vq.loading import packed_layers
+from hf_vq.methods import gptvq
+from hf_vq.methods.statistics import Statistics
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent.parent / "shared"
+SEQLEN, CALIBRATION_ROWS, KL_WINDOWS = 512, 128, 100
+
+
+def official() -> dict[str, Any]:
+    """What the official implementations reach, measured by the same protocol."""
+    return json.loads((HERE / "official.json").read_text())
+
+
+def environment(device: str = "one thread") -> str:
+    """One line about where and with what the numbers were measured."""
+    return (
+        f"{date.today().isoformat()}, {device} of a {platform.machine()} CPU, hf_vq "
+        f"{hf_vq.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+@dataclass
+class Result:
+    """One quantized model. bits: all-in per quantized weight. cpu: seconds of one thread."""
+
+    bits: float
+    cpu: float
+    perplexity: float = math.nan
+    kl: float = math.nan
+
+
+class Protocol:
+    """The model and the tokens; `quantize` and `scalar` give measured rows."""
+
+    def __init__(self, model: Path, data: Path):
+        self.path = model
+        self.calibration = _tokens(data / "docs_calibration_1024x512.npy")[:CALIBRATION_ROWS]
+        self.test = hf_vq.evaluation.windows(_tokens(data / "docs_test.npy"), SEQLEN)
+        self.dense = self.load(torch.float32)
+
+    def load(self, dtype: torch.dtype | str = "auto") -> Any:
+        """The original model; "auto" keeps the dtype its file has."""
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
+
+    def quantize(self, **settings: Any) -> Result:
+        """GPTVQ with these `GPTVQConfig` settings; the clock runs from loaded to packed model."""
+        model = self.load()
+        config = hf_vq.GPTVQConfig(seqlen=SEQLEN, **settings)
+        began = time.process_time()
+        plan = hf_vq.make_plan(model, config)
+        quantize_model(model, plan, self.calibration, config, Reporter())
+        result = Result(plan.ledger().decoder_bits, time.process_time() - began)
+        for name, layer in packed_layers(model).items():
+            model.set_submodule(name, layer.to_linear(torch.float32))
+        return self.measure(model, result)
+
+    def scalar(self, walk: Callable[[nn.Module, dict], float]) -> Result:
+        """A baseline: walk(model, layers) quantizes in place and returns the bits per weight."""
+        model = self.load()
+        plan = hf_vq.make_plan(model, hf_vq.GPTVQConfig(bits=4))
+        began = time.process_time()
+        bits = walk(model, plan.layers)
+        return self.measure(model, Result(bits, time.process_time() - began))
+
+    def measure(self, model: Any, result: Result) -> Result:
+        """Perplexity over all test windows and mean KL over the first ones, in float32."""
+        model = model.float()
+        first, rest = self.test[:KL_WINDOWS], self.test[KL_WINDOWS:]
+        comparison = compare(self.dense, model, first)
+        losses = [(math.log(comparison.perplexity_quantized), len(first))]
+        if len(rest):
+            losses.append((math.log(perplexity(model, rest, SEQLEN)), len(rest)))
+        result.kl = comparison.kl
+        # every window has as many predictions, so the mean loss is the windows' mean
+        result.perplexity = math.exp(sum(x * n for x, n in losses) / len(self.test))
+        return result
+
+
+def warm_up() -> None:
+    """Compile what numba compiles on first use (one to ten seconds, then cached on disk)."""
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    statistics = Statistics(torch.eye(16), 16)
+    for dim in (1, 2, 4):
+        gptvq.quantize(weight, statistics, GPTVQSpec(8, 16, dim, 4, 8, 16))
+
+
+def _tokens(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.load(path).astype(np.int64))
