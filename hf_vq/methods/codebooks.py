@@ -55,8 +55,8 @@ def low_rank(books: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
     """
     table = books.reshape(-1, books.shape[2])
     u, s, v = torch.linalg.svd(table, full_matrices=False)
-    rank = min(rank, len(s))
     size = (u[:, :rank] * s[:rank]).square().mean(0).sqrt().clamp_min(1e-20)
-    basis = (v[:rank] * size[:, None]).half().float()
+    basis = torch.zeros(rank, books.shape[2], device=books.device)  # rows beyond the SVD's stay 0
+    basis[: len(size)] = (v[:rank] * size[:, None]).half().float()
     factors = table @ torch.linalg.pinv(basis)
     return factors.reshape(*books.shape[:2], rank), basis
