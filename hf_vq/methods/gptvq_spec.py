@@ -1,15 +1,16 @@
 """How a GPTVQ matrix spends its bits: the geometry for an all-in target.
 
-Bits per weight are index_bits / vector_dim for the codes plus, for int8 codebooks, 8 / n for the
-codebooks, where n is the number of weights per stored codebook number. Among all geometries that
-cost no more than the target, the one with the least expected error is taken. The expected error
-is a fit, not a theory: 4**-rate times a factor per vector dimension (what k-means reaches on
-Gaussian data, relative to 4**-rate) times n**ADAPTATION for how closely the codebooks can follow
-the weights.
+Bits per weight are index_bits / vector_dim for the codes, 4 / scale_block for the scales and, for
+int8 codebooks, 8 / n for the codebooks, where n is the number of weights per codebook number. Among
+all geometries that cost no more than the target, the one with the least expected error is
+taken. The expected error is a fit to measured rows, not a theory: 4**-rate times a factor per
+vector dimension (what k-means reaches on Gaussian data, relative to 4**-rate), times n**ADAPTATION
+for how closely the codebooks can follow the weights, times a factor for the scales.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,8 +21,10 @@ from hf_vq.formats.gptvq import GPTVQSpec
 # -- Preferences, all of them -----------------------------------------------------------
 GAUSSIAN_FACTOR = {1: 1.88, 2: 1.70, 4: 1.57, 8: 1.47}
 """Mean squared error of k-means at 2 bits per weight on unit Gaussian data, times 4**2."""
-ADAPTATION = 0.12
-"""Error grows by n**ADAPTATION: fitted to the published rows at 2.0 to 3.3 bits per weight."""
+ADAPTATION = 0.06
+"""Error grows by n**ADAPTATION."""
+SCALES_FACTOR = {0: 1.0, 64: 0.92, 32: 0.84, 16: 0.78}
+"""Error with a scale per so many columns, relative to none; these widths are tried unasked."""
 MAX_INDEX_BITS = {1: 8, 2: 8, 4: 8, 8: 8}
 """Largest codebooks chosen unasked: the cost of k-means and of decoding grows with their size."""
 MIN_WEIGHTS_PER_NUMBER = 8
@@ -73,15 +76,15 @@ def _candidates(
     rows: int, columns: int, bits: float | None, overrides: dict[str, Any], widths: str
 ) -> Iterator[GPTVQSpec]:
     precision = {
-        k: overrides[k]
-        for k in ("codebook_dtype", "scale_block", "scale_domain", "svd_rank")
-        if k in overrides
+        k: overrides[k] for k in ("codebook_dtype", "scale_domain", "svd_rank") if k in overrides
     }
     for dim in _dims(columns, overrides):
         for index_bits in _index_bits(dim, bits, overrides):
             if overrides.get("svd_rank", 0) >= 2**index_bits:
                 continue
-            for width in _widths(columns, dim, overrides, widths):
+            for width, block in itertools.product(
+                _widths(columns, dim, overrides, widths), _scale_blocks(dim, bits, overrides)
+            ):
                 whole = GPTVQSpec(
                     rows,
                     columns,
@@ -89,6 +92,7 @@ def _candidates(
                     num_centroids=2**index_bits,
                     group_rows=rows,
                     group_columns=width,
+                    scale_block=block,
                     **precision,
                 )
                 yield _with_rows(whole, _group_rows(whole, bits, overrides.get("group_size")))
@@ -108,6 +112,14 @@ def _index_bits(dim: int, bits: float | None, overrides: dict[str, Any]) -> list
     if "index_bits" in overrides:
         return [overrides["index_bits"]]
     return [b for b in range(1, MAX_INDEX_BITS[dim] + 1) if bits is None or b / dim < bits]
+
+
+def _scale_blocks(dim: int, bits: float | None, overrides: dict[str, Any]) -> list[int]:
+    if "scale_block" in overrides:
+        return [overrides["scale_block"]]
+    if bits is None:  # the size is what the given fields cost
+        return [0]
+    return [block for block in SCALES_FACTOR if block % dim == 0]
 
 
 def _widths(columns: int, dim: int, overrides: dict[str, Any], which: str) -> list[int]:
@@ -155,6 +167,7 @@ def _expected_error(spec: GPTVQSpec) -> float:
     numbers = codebooks * (spec.svd_rank or spec.num_centroids * spec.vector_dim)
     error = GAUSSIAN_FACTOR[spec.vector_dim] * 4.0**-rate
     error *= (spec.num_weights / numbers) ** ADAPTATION
+    error *= SCALES_FACTOR.get(spec.scale_block, 1.0)
     error *= 1 + WIDTH_PENALTY * abs(math.log2(spec.group_columns / STRIPE))
     if spec.in_features % spec.group_columns:
         error *= 1 + RAGGED_PENALTY
