@@ -90,9 +90,16 @@ def capture(
             hidden, rest, options = _split_hidden(args, kwargs)
             if i == 0:
                 found.hidden.append(hidden.detach())
-            shape = tuple(found.hidden[-1].shape)
-            if tuple(hidden.shape) != shape:
+            first = found.hidden[-1]
+            if not wrap_in_tuple and hidden.shape == first.shape[1:]:
                 raise _ReturnsTuples
+            if hidden.shape != first.shape or not _same(hidden, first):
+                raise BlockError(
+                    f"{name}: block {i} is not given what block {i - 1} returns, but states of "
+                    "another shape or with something done to them in between; hf_vq walks plain "
+                    "stacks of decoder blocks"
+                )
+            shape = tuple(first.shape)
             calls = found.calls.setdefault(shape[:-1], [])
             if (
                 len(calls) > i
@@ -106,7 +113,7 @@ def capture(
         return stub
 
     for batch in batches:
-        for attempt in range(2):
+        for _ in range(2):
             try:
                 with _stubs(blocks, make):
                     model(input_ids=batch, use_cache=False)
@@ -116,15 +123,16 @@ def capture(
             except StopForward:
                 break
             except _ReturnsTuples:
-                if attempt or wrap_in_tuple:
-                    raise BlockError(
-                        f"{name}: blocks change the shape of their hidden states; hf_vq walks "
-                        "plain stacks of decoder blocks"
-                    ) from None
                 wrap_in_tuple = True
                 shape = tuple(found.hidden.pop().shape)
                 found.calls.pop(shape[:-1], None)
     return found
+
+
+def _same(hidden: torch.Tensor, first: torch.Tensor) -> bool:
+    """Equal, or not a number, which is for `hf_vq.engine.run` to complain about."""
+    first = first.to(hidden.device)
+    return bool(((hidden == first) | hidden.isnan()).all())
 
 
 class _ReturnsTuples(Exception):
@@ -184,7 +192,13 @@ class BlockPath:
     def run(self, batch: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """The block's output for states (batch, seqlen, width); None if a hook stopped it."""
         self._batch = batch
-        args, kwargs = self.calls[tuple(hidden.shape[:-1])]
+        call = self.calls.get(tuple(hidden.shape[:-1]))
+        if call is None:
+            raise BlockError(
+                "the model's blocks change the shape of their hidden states; hf_vq walks plain "
+                "stacks of decoder blocks"
+            )
+        args, kwargs = call
         try:
             out = self.block(hidden.to(self.device), *args, **kwargs)
         except StopForward:
