@@ -216,6 +216,10 @@ class BlockPath:
         """Hand `output` back the next time that child `name` is run on this batch."""
         self._kept[name][batch] = move(output, torch.device("cpu"))
 
+    def skips(self, name: str, batches: int) -> bool:
+        """Whether child `name` will not be run again: its output is kept for every batch."""
+        return len(self._kept.get(name, ())) == batches
+
     def _replaying(self, name: str, forward: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             kept = self._kept[name]

@@ -12,7 +12,7 @@ Only one block and its statistics are ever on the calibration device; hidden sta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -34,11 +34,12 @@ from hf_vq.engine.blocks import (
 from hf_vq.formats import FORMATS
 from hf_vq.formats.base import LayerSpec
 from hf_vq.layers import PackedLinear
+from hf_vq.methods.feedback import correction
 from hf_vq.methods.statistics import HessianAccumulator, Statistics
 from hf_vq.registry import get_method
 
 # Tokens per forward pass: enough to keep a matrix product busy, few enough for a small GPU.
-_TOKENS_PER_BATCH = 4096
+_TOKENS_PER_BATCH = 2048
 
 
 class NonFiniteError(ValueError):
@@ -58,7 +59,7 @@ def quantize_model(
         worker = _Worker(model, plan.layers, config, reporter)
         if samples is None:
             for name in plan.layers:
-                worker.quantize(name, None)
+                worker.quantize([name], None)
                 worker.swap([name])
         else:
             _sequential(model, samples, config, worker)
@@ -76,34 +77,53 @@ class _Worker:
         self.packed: dict[str, PackedLinear] = {}
 
     @torch.no_grad()
-    def quantize(self, name: str, statistics: Statistics | None) -> PackedLinear:
-        """Quantize one matrix; the result waits in `packed` until it is swapped in."""
-        began = time.perf_counter()
-        linear = linear_of(self.model, name)
-        weight = linear.weight.detach().to(self.device, torch.float32)
+    def quantize(self, names: list[str], statistics: Statistics | None) -> None:
+        """Quantize matrices that share their input; the results wait in `packed`."""
+        pulls: dict[str, torch.Tensor] = {}
+        if statistics is not None and statistics.shift is not None:
+            pulls = {name: self._weight(name) @ statistics.shift for name in names}
+            statistics.shift = None  # of a wide layer the largest thing there is besides H
+        for name in names:
+            self._quantize(name, statistics, pulls.pop(name, None))
+
+    def _weight(self, name: str) -> torch.Tensor:
+        weight = linear_of(self.model, name).weight.detach().to(self.device, torch.float32)
         if not bool(torch.isfinite(weight).all()):
             bad = int((~torch.isfinite(weight)).sum())
             raise NonFiniteError(
                 f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, so the checkpoint "
                 "is damaged; repair it, or leave the layer dense with modules_to_not_convert"
             )
+        return weight
+
+    def _quantize(
+        self, name: str, statistics: Statistics | None, pull: torch.Tensor | None
+    ) -> None:
+        began = time.perf_counter()
+        linear, weight = linear_of(self.model, name), self._weight(name)
         notes: list[str] = []
         if statistics is not None and statistics.tokens == 0:
             statistics = None
             notes.append("no calibration token reached it: quantized without data")
         spec = self.specs[name]
-        layer_config = self.config.for_layer(name)
-        kind = self.method.options
-        options = kind(**{f.name: getattr(layer_config, f.name) for f in fields(kind)
-                          if hasattr(layer_config, f.name)})  # fmt: skip
+        options = self._options(name)
+        if statistics is not None and pull is not None:
+            weight = weight + correction(pull, statistics.factor(options.damping))
+            del pull
         result = self.method.quantize(weight, statistics, spec, options)
         tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
         bias = None if linear.bias is None else linear.bias.detach().cpu()
-        layer = PackedLinear.from_packed(spec, tensors, bias, linear.weight.dtype, where=name)
-        self.packed[name] = layer
+        self.packed[name] = PackedLinear.from_packed(
+            spec, tensors, bias, linear.weight.dtype, where=name
+        )
         seconds = time.perf_counter() - began
         self.reporter.matrix(name, spec, result.relative_error, seconds, notes + result.notes)
-        return layer
+
+    def _options(self, name: str) -> Any:
+        """The method's options for one layer, read off the config with its overrides."""
+        kind, layer = self.method.options, self.config.for_layer(name)
+        known = {f.name for f in fields(kind) if hasattr(layer, f.name)}
+        return kind(**{field: getattr(layer, field) for field in known})
 
     def swap(self, names: list[str]) -> None:
         """Put the packed layers in the place of the dense ones."""
@@ -192,6 +212,7 @@ class _Block:
         if streams.dense is not None:
             self.dense_path = BlockPath(twin(block), index, captured, worker.device)
         self.linears = {n: linear_of(block, n) for n in names}
+        self.done: dict[str, PackedLinear] = {}
 
     def quantize(self, true_sequential: bool, advance: bool) -> None:
         with ExitStack() as stack:
@@ -216,18 +237,36 @@ class _Block:
         tail = self._tail(stage, layout, finished)
         statistics = self._collect(leaders, finished, inputs if tail else None)
         for group in stage:
+            self.worker.quantize([self.names[n] for n in group], statistics.pop(group[0]))
             for name in group:
-                packed = self.worker.quantize(self.names[name], statistics[group[0]])
-                linear = self.linears[name]
-                weight = packed.dequantize(linear.weight.dtype).to(self.worker.device)
-                linear.weight = nn.Parameter(weight, requires_grad=False)
+                self.done[name] = self.worker.packed[self.names[name]]
         self.path.recording |= finished
         if tail is not None:
             child, last, nones = tail
-            for batch, x in enumerate(inputs):
-                with torch.no_grad():
+            with self._decoded([last]), torch.no_grad():
+                for batch, x in enumerate(inputs):
                     out = self.linears[last](x.to(self.worker.device))
-                self.path.keep(child, batch, out if nones is None else (out, *[None] * nones))
+                    self.path.keep(child, batch, out if nones is None else (out, *[None] * nones))
+
+    @contextmanager
+    def _decoded(self, names: Iterable[str]) -> Iterator[None]:
+        """Give the linears that are done their quantized weights, for as long as they run.
+
+        Decoding once for all batches is faster than in every forward pass, and not keeping the
+        weights saves the memory of a block.
+        """
+        with ExitStack() as stack:
+            for name in names:
+                linear = self.linears[name]
+                weight = self.done[name].dequantize(linear.weight.dtype).to(self.worker.device)
+                stack.callback(setattr, linear, "weight", linear.weight)
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+            yield
+
+    def _running(self) -> list[str]:
+        """The linears that are done and that a run of the block will not skip."""
+        batches = len(self.streams.quantized)
+        return [n for n in self.done if not self.path.skips(_child(n), batches)]
 
     def _tail(
         self, stage: list[list[str]], layout: Layout, finished: set[str]
@@ -252,39 +291,43 @@ class _Block:
         sums = {
             n: HessianAccumulator(self.linears[n].in_features, device, with_shift) for n in leaders
         }
-        for batch, hidden in enumerate(self.streams.quantized):
-            aims: dict[str, torch.Tensor] = {}
-            if self.dense_path is not None and self.streams.dense is not None:
-                # The original block will not change: let a child that is done after this stage
-                # finish, and keep what it returns.
-                self.dense_path.recording |= finished
-                alone = len(finished) == 1 and len(leaders) == 1
-                self.dense_path.stop_after = next(iter(finished)) if alone else None
-                with _listening(self.dense_path.block, leaders, aims, stop=not alone):
-                    self.dense_path.run(batch, self.streams.dense[batch])
-            seen: dict[str, torch.Tensor] = {}
-            with _listening(self.block, leaders, seen, stop=True):
-                self.path.run(batch, hidden)
-            for name, x in seen.items():
-                sums[name].add(x, aims.get(name))
-                self._check(name, sums[name], x, batch)
-                if inputs is not None:
-                    inputs.append(x.cpu())
+        with self._decoded(self._running()):
+            for batch in range(len(self.streams.quantized)):
+                self._collect_batch(batch, sums, finished, inputs)
         return {n: s.statistics() for n, s in sums.items()}
 
+    def _collect_batch(
+        self,
+        batch: int,
+        sums: dict[str, HessianAccumulator],
+        finished: set[str],
+        inputs: list[torch.Tensor] | None,
+    ) -> None:
+        leaders = list(sums)
+        aims: dict[str, torch.Tensor] = {}
+        if self.dense_path is not None and self.streams.dense is not None:
+            # The original block will not change: let a child that is done after this stage finish,
+            # and keep what it returns.
+            self.dense_path.recording |= finished
+            alone = len(finished) == 1 and len(leaders) == 1
+            self.dense_path.stop_after = next(iter(finished)) if alone else None
+            with _listening(self.dense_path.block, leaders, aims, stop=not alone):
+                self.dense_path.run(batch, self.streams.dense[batch])
+        seen: dict[str, torch.Tensor] = {}
+        with _listening(self.block, leaders, seen, stop=True):
+            self.path.run(batch, self.streams.quantized[batch])
+        for name, x in seen.items():
+            sums[name].add(x, aims.pop(name, None))
+            self._check(name, sums[name], x, batch)
+            if inputs is not None:
+                inputs.append(x.cpu())
+
     def _advance(self) -> None:
-        for path, hidden in (
-            (self.path, self.streams.quantized),
-            (self.dense_path, self.streams.dense),
-        ):
-            if path is None or hidden is None:
-                continue
-            path.stop_after = None
-            path.recording = set()
-            for batch, states in enumerate(hidden):
-                out = path.run(batch, states)
-                assert out is not None
-                hidden[batch] = out.cpu()
+        """Hidden states at the block's end, in the place of those at its beginning."""
+        with self._decoded(self._running()):
+            _run_through(self.path, self.streams.quantized)
+        if self.dense_path is not None and self.streams.dense is not None:
+            _run_through(self.dense_path, self.streams.dense)
 
     def _check(self, name: str, sums: HessianAccumulator, x: torch.Tensor, batch: int) -> None:
         if bool(torch.isfinite(sums.total.diagonal().sum())):
@@ -298,10 +341,23 @@ class _Block:
         )
 
 
+def _run_through(path: BlockPath, hidden: list[torch.Tensor]) -> None:
+    path.stop_after = None
+    path.recording = set()
+    for batch, states in enumerate(hidden):
+        out = path.run(batch, states)
+        assert out is not None
+        hidden[batch] = out.cpu()
+
+
+def _child(linear: str) -> str:
+    return linear.split(".")[0]
+
+
 def _children(stages: Any) -> set[str]:
     """Direct children of the block that hold any of these (nested lists of) linears."""
     if isinstance(stages, str):
-        return {stages.split(".")[0]}
+        return {_child(stages)}
     return {child for part in stages for child in _children(part)}
 
 

@@ -106,16 +106,15 @@ def _reverse(matrix: torch.Tensor, chunk: int = 1 << 20) -> None:
         flat[n - hi : n - lo] = front
 
 
-def correction(weight: torch.Tensor, shift: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """What to add to weight (r, c) so that it undoes what earlier layers have lost.
+def correction(pull: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """What to add to a weight W (r, c) so that it undoes what earlier layers have lost.
 
     The original model feeds the layer x_dense, the quantized one x. The weight that comes closest
     to ``W x_dense`` on x is ``W + W S H^-1`` with S = mean (x_dense - x) x^T, and the error of
-    any Q is that of missing it, plus a constant (the asymmetric calibration of GPTAQ,
-    arXiv 2504.02692, as a change of target). shift: S, float32 (c, c).
+    any Q is that of missing it, plus a constant: the asymmetric calibration of GPTAQ
+    (arXiv 2504.02692) as a change of target, good for any method. pull: W S, float32 (r, c).
     """
-    moved = weight @ shift
-    half = torch.linalg.solve_triangular(factor.upper.T, moved, upper=False, left=False)
+    half = torch.linalg.solve_triangular(factor.upper.mT, pull, upper=False, left=False)
     return torch.linalg.solve_triangular(factor.upper, half, upper=True, left=False)
 
 

@@ -20,7 +20,7 @@ import torch
 from hf_vq.formats.gptvq import GPTVQCodes, GPTVQSpec
 from hf_vq.methods import refine
 from hf_vq.methods.codebooks import as_integers, low_rank, sort_entries
-from hf_vq.methods.feedback import Factor, correction, sweep
+from hf_vq.methods.feedback import Factor, sweep
 from hf_vq.methods.kmeans import kmeans
 from hf_vq.methods.lookup import Lookup
 from hf_vq.methods.statistics import Statistics
@@ -45,10 +45,7 @@ class GPTVQOptions:
 
 @dataclass
 class Quantized:
-    """codes, tr(E H E^T) / tr(W H W^T) with the undamped H, and anything unusual.
-
-    E is the distance to what was aimed at: the weight, with `Statistics.shift` the corrected one.
-    """
+    """codes, tr(E H E^T) / tr(W H W^T) with the undamped H, and anything unusual."""
 
     codes: GPTVQCodes
     relative_error: float
@@ -69,12 +66,9 @@ def quantize(
     if statistics is None:
         statistics = Statistics(torch.eye(spec.in_features, device=weight.device), tokens=0)
     factor = statistics.factor(options.damping)
-    dense = aim = weight.float()
-    if statistics.shift is not None:
-        aim = dense + correction(dense, statistics.shift, factor)
     notes = list(factor.notes)
-    size = _without_damping(dense, factor)
-    target, factor = _padded(aim, factor, spec)
+    size = _without_damping(weight.float(), factor)
+    target, factor = _padded(weight.float(), factor, spec)
     solver = _Solver(target, factor, spec, options)
     solver.sweep()
     solver.refine()
@@ -127,7 +121,7 @@ class _Solver:
                 spec.vector_dim,
                 device=device,
             ),
-            index=torch.zeros(rows, spec.num_vectors, dtype=torch.long, device=device),
+            index=torch.zeros(rows, spec.num_vectors, dtype=torch.int32, device=device),
             scale=torch.ones(rows, spec.num_vectors, device=device) if spec.scale_block else None,
             vectors_per_stripe=spec.group_columns // spec.vector_dim,
             row_mask=(torch.arange(rows, device=device) < spec.out_features).float()[:, None],

@@ -18,7 +18,7 @@ _CHUNK_ELSEWHERE = 1 << 25
 
 @dataclass
 class Lookup:
-    """codebooks (S, G, k, d) float32; index int64 (r, V); scale float32 (r, V) or None.
+    """codebooks (S, G, k, d) float32; index int32 (r, V); scale float32 (r, V) or None.
 
     r = G * rows per group rows (padded), V vectors per row, S stripes of `vectors_per_stripe`.
     row_mask: float32 (r, 1), 0 for padded rows.

@@ -151,7 +151,7 @@ def test_correction_is_the_least_squares_weight():
     damping = 0.01 * h.double().diagonal().mean() * torch.eye(columns)
     cross = (dense.double().T @ x.double()) / tokens
     expected = w.double() @ (cross + damping) @ torch.linalg.inv(h.double() + damping)
-    found = w + correction(w, (cross - h.double()).float(), factor)
+    found = w + correction(w @ (cross - h.double()).float(), factor)
     assert close(found, expected, 1e-4)
     assert not close(w, expected, 1e-2)
 
@@ -160,14 +160,14 @@ def test_corrected_weight_comes_closer_to_what_the_dense_model_computes():
     w, x = normal(6, 10, seed=1), normal(200, 10, seed=2)
     dense = x + 0.5 * normal(200, 10, seed=3)
     factor = factorize(x.T @ x / 200, 0.01)
-    corrected = w + correction(w, (dense - x).T @ x / 200, factor)
+    corrected = w + correction(w @ ((dense - x).T @ x / 200), factor)
     wanted = dense @ w.T
     assert (wanted - x @ corrected.T).norm() < (wanted - x @ w.T).norm()
 
 
 def test_nothing_lost_nothing_corrected():
     factor = factorize(hessian_of(10), 0.01)
-    assert torch.equal(correction(normal(4, 10), torch.zeros(10, 10), factor), torch.zeros(4, 10))
+    assert torch.equal(correction(torch.zeros(4, 10), factor), torch.zeros(4, 10))
 
 
 # -- sweep ---------------------------------------------------------------

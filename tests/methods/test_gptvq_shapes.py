@@ -276,7 +276,7 @@ def test_same_seed_same_codes(monkeypatch, init):
     assert not torch.equal(found[0].indices, found[2].indices)
 
 
-def test_shift_makes_the_quantized_layer_do_what_the_dense_model_did():
+def test_corrected_target_makes_the_quantized_layer_do_what_the_dense_model_did():
     # what reaches the layer is a distorted copy of what reached it in the original model
     columns, tokens = 32, 2000
     dense = normal(tokens, columns, seed=1) @ (normal(columns, columns, seed=2) / 6 + torch.eye(32))
@@ -284,12 +284,12 @@ def test_shift_makes_the_quantized_layer_do_what_the_dense_model_did():
     weight, spec = normal(48, columns, seed=4), GPTVQSpec(48, columns, 2, 16, 48, columns)
     h, shift = x.T @ x / tokens, (dense - x).T @ x / tokens
     wanted = dense @ weight.T
+    aim = weight + correction(weight @ shift, factorize(h, 0.01))
     missed = []
-    for s in (None, shift):
-        result = quantize(weight, Statistics(h.clone(), tokens, s), spec)
+    for target in (weight, aim):
+        result = quantize(target, Statistics(h.clone(), tokens), spec)
         missed.append(float((wanted - x @ dequantized(result.codes, spec).T).square().mean()))
     assert missed[1] < 0.9 * missed[0]
     # and the error that is reported is the distance to what was aimed at
-    aim = weight + correction(weight, shift, factorize(h, 0.01))
-    lost = exact_loss(aim, h, dequantized(result.codes, spec)) / exact_loss(weight, h, 0 * weight)
+    lost = exact_loss(aim, h, dequantized(result.codes, spec)) / exact_loss(aim, h, 0 * aim)
     assert result.relative_error == pytest.approx(lost, rel=1e-2)
