@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from hf_vq.engine.run import _sequential, _Worker
-from hf_vq.methods.feedback import correction, factorize, sweep
+from hf_vq.engine.run import _sequential, _Worker, linear_of
+from hf_vq.methods.feedback import correction, sweep
 from hf_vq.methods.lookup import Lookup
 from hf_vq.methods.statistics import Statistics
 
@@ -33,27 +33,16 @@ def uniform_grid(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def quantize_scalar(
-    weight: torch.Tensor,
-    statistics: Statistics | None,
-    bits: int,
-    group: int = 64,
-    damping: float = 0.01,
+    aim: torch.Tensor, upper: torch.Tensor | None, bits: int, group: int = 64
 ) -> torch.Tensor:
-    """GPTQ (arXiv 2210.17323) of weight (r, c); without statistics, round-to-nearest.
+    """GPTQ (arXiv 2210.17323) of a weight (r, c), given its `Factor.upper`; None: RTN.
 
     The number of columns must be a multiple of `group`.
     """
-    rows, columns = weight.shape
-    aim = weight.float()
-    upper = torch.eye(columns)
-    if statistics is not None:
-        factor = factorize(statistics.hessian, damping)
-        upper = factor.upper
-        if statistics.shift is not None:
-            aim = aim + correction(aim, statistics.shift, factor)
+    rows, columns = aim.shape
     state = Lookup(
         codebooks=torch.zeros(columns // group, rows, 2**bits, 1),
-        index=torch.zeros(rows, columns, dtype=torch.long),
+        index=torch.zeros(rows, columns, dtype=torch.int32),
         scale=None,
         vectors_per_stripe=group,
         row_mask=torch.ones(rows, 1),
@@ -62,7 +51,7 @@ def quantize_scalar(
     def begin_panel(start: int, stop: int, compensated: torch.Tensor) -> None:
         state.codebooks[start // group] = uniform_grid(compensated, bits)
 
-    sweep(aim, upper, state, begin_panel, width=group)
+    sweep(aim, torch.eye(columns) if upper is None else upper, state, begin_panel, width=group)
     return state.decode()
 
 
@@ -85,14 +74,18 @@ class _ScalarWorker(_Worker):
         super().__init__(*args)  # type: ignore[arg-type]
         self.scalar = partial(quantize_scalar, bits=bits, group=group)
 
-    @torch.no_grad()
-    def quantize(self, name: str, statistics: Statistics | None) -> _Dense:  # type: ignore[override]
-        linear = self.model.get_submodule(name)
+    def _quantize(
+        self, name: str, statistics: Statistics | None, pull: torch.Tensor | None
+    ) -> None:
+        linear, aim = linear_of(self.model, name), self._weight(name)
+        factor = None if statistics is None else statistics.factor(self.config.damping)
+        if factor is not None and pull is not None:
+            aim = aim + correction(pull, factor)
         layer = _Dense(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        layer.weight = nn.Parameter(self.scalar(linear.weight, statistics), requires_grad=False)
+        decoded = self.scalar(aim, None if factor is None else factor.upper)
+        layer.weight = nn.Parameter(decoded, requires_grad=False)
         layer.bias = linear.bias
         self.packed[name] = layer  # type: ignore[assignment]
-        return layer
 
 
 def quantize_model_scalar(
@@ -105,12 +98,12 @@ def quantize_model_scalar(
 ) -> None:
     """Replace the weights of these layers, in place. samples None: round-to-nearest.
 
-    `config` gives the walk's settings (true_sequential, asymmetric_calibration).
+    `config` gives the walk's settings (true_sequential, asymmetric_calibration, damping).
     """
     worker = _ScalarWorker(model, layers, config, None, bits=bits, group=group)
     if samples is not None:
         _sequential(model, samples, config, worker)
         return
     for name in layers:
-        worker.quantize(name, None)
+        worker.quantize([name], None)
         worker.swap([name])
