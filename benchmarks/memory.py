@@ -157,8 +157,9 @@ def main() -> int:
     parser.add_argument("--phases", action="store_true", help="also the peak after every matrix")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    # few iterations: they take time, not memory
-    settings = {"bits": 2.25, "kmeans_iterations": 2, "refine_iterations": 1, **args.settings}
+    # small codebooks and few iterations: the others take time, not memory
+    quick = {"vector_dim": 2, "kmeans_iterations": 2, "refine_iterations": 1}
+    settings = {"bits": 2.25, **quick, **args.settings}
     if args.child:
         print(json.dumps(measure(args.child, settings)))
         return 0
