@@ -74,8 +74,8 @@ class HessianAccumulator:
     def add(self, x: torch.Tensor, dense: torch.Tensor | None = None) -> None:
         """Add a batch of inputs of shape (..., in_features), any float dtype.
 
-        dense: the same tokens in the unquantized model. Without it (or if it holds other tokens, as
-        for an expert that the router chose differently) there is no shift for this matrix.
+        dense: the same tokens in the unquantized model. Without it (as for an expert, whose tokens
+        the router may have chosen differently) there is no shift for this matrix.
         """
         flat = x.reshape(-1, x.shape[-1])
         wide = flat.float()

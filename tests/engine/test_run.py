@@ -328,6 +328,8 @@ def test_experts_are_calibrated_on_their_own_tokens(small_batches, collected, tr
         assert isinstance(model.get_submodule(name), PackedLinear)
         unreached = "experts.3." in name
         assert ("no calibration token reached it: quantized without data" in said) == unreached
+    # the original's router may send other tokens to an expert, so there is nothing to compare with
+    assert [shift is None for _, shift, count in collected if 0 < count < 120] == [True] * 6
     # every token goes to one of the first three, in whatever batch
     counts = [count for _, _, count in collected]
     assert sum(counts) == 120 * 2 + 120 * 2

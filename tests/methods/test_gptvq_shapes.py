@@ -71,7 +71,7 @@ def test_odd_shapes(spec):
     assert float(columns) < 5 * float((weight - quantized).square().mean())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(spec=gptvq_specs(), seed=st.integers(0, 99), known=st.booleans())
 def test_any_spec(spec, seed, known):
     weight = normal(spec.out_features, spec.in_features, seed=seed)
