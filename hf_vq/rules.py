@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,7 +32,8 @@ class Number:
             # plain Python numbers, because numpy's do not go into JSON
             number = int(value) if whole else float(value)  # type: ignore[call-overload]
             inside = self.low <= number <= self.high or number in self.also
-            if math.isfinite(number) and inside and not (self.integer and number % 1):
+            # infinities and NaN fail the comparison, whatever the bounds
+            if inside and not (self.integer and number % 1):
                 return int(number) if self.integer else number
         raise ValueError(f"{name}={value!r} must be {self}")
 
