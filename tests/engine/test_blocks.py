@@ -215,6 +215,23 @@ def test_experts_that_no_token_reached_come_last():
     assert "mlp" not in layout.tails  # its output is put together from its experts'
 
 
+def test_memory_that_is_used_again_is_no_shared_input():
+    # the inputs of these linears are freed one by one, and take each other's place
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps = nn.ModuleList(nn.Linear(fakes.WIDTH, 8) for _ in range(6))
+
+        def forward(self, hidden_states, position):
+            total = 0
+            for i, step in enumerate(self.steps):
+                total = total + step(hidden_states * (i + 2)).sum()
+            return hidden_states + total
+
+    model = fakes.Model([Chain()])
+    assert probe(model, fakes.ids()).groups == [[f"steps.{i}"] for i in range(6)]
+
+
 # -- replay -----------------------------------------------------------------
 
 
