@@ -104,7 +104,7 @@ class GPTVQConfig(VQConfig):
         scale_block: int | None = None,
         scale_domain: str = "log",
         svd_rank: int | None = None,
-        kmeans_init: str = "mahalanobis",
+        kmeans_init: str = "kmeans++",
         kmeans_iterations: int = 30,
         damping: float = 0.01,
         refine_iterations: int = 4,

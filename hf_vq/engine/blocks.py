@@ -8,7 +8,7 @@ with at the price of an embedding look-up; `BlockPath` then runs one block on it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,12 +158,25 @@ class Layout:
     gate/up, share one input and so one Hessian). A linear that the run never reached (an expert no
     token was routed to) comes last, in a group of its own. tails: child module -> the linear whose
     output the child returns as it is, and how many Nones follow it in a tuple (None: no tuple).
-    replayable: children that run exactly once.
+    replayable: children with such linears that run exactly once. small: those without (norms) that
+    do, and return one tensor like the hidden states. order: all children, as they first finish.
     """
 
     groups: list[list[str]]
     tails: dict[str, tuple[str, int | None]]
     replayable: set[str]
+    small: set[str]
+    order: list[str]
+
+    def settled(self, done: Iterable[str]) -> set[str]:
+        """Children whose output is final once the linears `done` are: nothing before them waits."""
+        done, out = set(done), set()
+        waiting = {n.split(".")[0] for group in self.groups for n in group if n not in done}
+        for child in self.order:
+            if child in waiting:
+                break
+            out.add(child)
+        return out
 
 
 class BlockPath:
@@ -236,10 +249,13 @@ class BlockPath:
 
     def probe(self, linears: Mapping[str, nn.Module], hidden: torch.Tensor) -> Layout:
         """Run once and look at which tensors go where."""
+        children = dict(self.block.named_children())
+        holding = {n for n in children if any(m.startswith(f"{n}.") for m in linears)}
         groups: dict[tuple, list[str]] = {}
         outputs: dict[int, str] = {}
         tails: dict[str, tuple[str, int | None]] = {}
         runs: dict[str, int] = {}
+        alike: set[str] = set()
         alive: list[torch.Tensor] = []  # or a freed tensor's address could be taken for another's
 
         def before(name: str) -> Callable:
@@ -260,6 +276,10 @@ class BlockPath:
         def child_after(name: str) -> Callable:
             def hook(_: nn.Module, args: tuple, out: Any) -> None:
                 runs[name] = runs.get(name, 0) + 1
+                if isinstance(out, torch.Tensor) and out.shape == hidden.shape:
+                    alike.add(name)
+                if name not in holding:
+                    return
                 first = _first(out)
                 others = None if isinstance(out, torch.Tensor) else out[1:]
                 tail = outputs.get(first.data_ptr())
@@ -268,11 +288,6 @@ class BlockPath:
 
             return hook
 
-        children = {
-            n: c
-            for n, c in self.block.named_children()
-            if not isinstance(c, nn.Linear) and any(m.startswith(f"{n}.") for m in linears)
-        }
         handles = [m.register_forward_pre_hook(before(n)) for n, m in linears.items()]
         handles += [m.register_forward_hook(after(n)) for n, m in linears.items()]
         handles += [c.register_forward_hook(child_after(n)) for n, c in children.items()]
@@ -288,7 +303,8 @@ class BlockPath:
             seen.update(fresh)
             ordered += [fresh] if fresh else []
         ordered += [[n] for n in linears if n not in seen]
-        return Layout(ordered, tails, {n for n in children if runs.get(n) == 1})
+        once = {n for n, c in children.items() if runs.get(n) == 1 and not isinstance(c, nn.Linear)}
+        return Layout(ordered, tails, once & holding, (once & alike) - holding, list(runs))
 
 
 def _first(out: Any) -> torch.Tensor:

@@ -38,10 +38,16 @@ from hf_vq.methods.feedback import correction
 from hf_vq.methods.statistics import HessianAccumulator, Statistics
 from hf_vq.registry import get_method
 
-# Tokens per forward pass: enough to keep a matrix product busy, few enough for a small GPU.
-_TOKENS_PER_BATCH = 2048
+# Values of the widest activation per forward pass: enough to keep a matrix product busy, few enough
+# not to outweigh a block. One sequence is the least.
+_VALUES_PER_BATCH = 1 << 21
+# Tokens per input channel that make the shift half as certain as it looks.
+_SHRINKAGE = 8
 # Weights in a matrix below which a second CPU thread costs more than it brings.
 _WEIGHTS_PER_THREAD = 1 << 18
+# Bytes of hidden states up to which the outputs of norms are kept as well: in a small model they
+# take a good part of the time, in a large one of the memory.
+_SMALL_STREAM = 1 << 26
 
 
 class NonFiniteError(ValueError):
@@ -99,7 +105,10 @@ class _Worker:
         """Quantize matrices that share their input; the results wait in `packed`."""
         pulls: dict[str, torch.Tensor] = {}
         if statistics is not None and statistics.shift is not None:
-            pulls = {name: self._weight(name) @ statistics.shift for name in names}
+            # Little data overfits: the noise of the estimate grows with channels per token
+            tokens = statistics.tokens
+            trust = tokens / (tokens + _SHRINKAGE * len(statistics.shift))
+            pulls = {name: trust * (self._weight(name) @ statistics.shift) for name in names}
             statistics.shift = None  # of a wide layer the largest thing there is besides H
         for name in names:
             self._quantize(name, statistics, pulls.pop(name, None))
@@ -177,7 +186,7 @@ def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _W
     blocks = find_blocks(model)
     if not blocks:
         raise BlockError(f"{type(model).__name__} has no list of decoder blocks to walk through")
-    size = max(1, _TOKENS_PER_BATCH // samples.shape[1])
+    size = _batch_size(worker.specs, samples.shape[1])
     embeds = next(model.parameters()).device
     batches = [b.to(embeds) for b in samples.split(size)]
     captured = capture(model, list(blocks.values()), batches, type(model).__name__)
@@ -195,6 +204,12 @@ def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _W
         block.to(home)
 
 
+def _batch_size(specs: dict[str, LayerSpec], seqlen: int) -> int:
+    """Sequences per forward pass."""
+    widest = max(max(spec.in_features, spec.out_features) for spec in specs.values())
+    return max(1, _VALUES_PER_BATCH // (widest * seqlen))
+
+
 @dataclass
 class _Streams:
     """Hidden states on their way through the model, on the CPU, one tensor per batch.
@@ -208,6 +223,11 @@ class _Streams:
     def __init__(self, hidden: list[torch.Tensor], with_dense: bool):
         self.quantized = [h.cpu() for h in hidden]
         self.dense = list(self.quantized) if with_dense else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of one of the two."""
+        return sum(h.nbytes for h in self.quantized)
 
 
 class _Block:
@@ -240,8 +260,14 @@ class _Block:
             if self.linears:
                 layout = self.path.probe(self.linears, self.streams.quantized[0])
                 stages = [[g] for g in layout.groups] if true_sequential else [layout.groups]
+                kept = set(layout.replayable)
+                if self.streams.nbytes <= _SMALL_STREAM:
+                    kept |= layout.small
                 for path in paths:
-                    path.replay(layout.replayable)
+                    path.replay(kept)
+                self.path.recording = layout.settled(())
+                if self.dense_path is not None:
+                    self.dense_path.recording = layout.small.copy()
                 for number, stage in enumerate(stages):
                     self._stage(stage, layout, _children(stages[number + 1 :]))
             if advance:
@@ -258,7 +284,7 @@ class _Block:
             self.worker.quantize([self.names[n] for n in group], statistics.pop(group[0]))
             for name in group:
                 self.done[name] = self.worker.packed[self.names[name]]
-        self.path.recording |= finished
+        self.path.recording = layout.settled(self.done)
         if tail is not None:
             child, last, nones = tail
             with self._decoded([last]), torch.no_grad():

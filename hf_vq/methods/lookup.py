@@ -81,11 +81,14 @@ class Lookup:
         group = torch.arange(rows, device=device) // (rows // groups)
         return (stripe[None] * groups + group[:, None]) * k + self.index
 
-    def decode(self, codebooks: torch.Tensor | None = None) -> torch.Tensor:
-        """The dense (r, V * d) matrix."""
+    def decode(
+        self, codebooks: torch.Tensor | None = None, address: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The dense (r, V * d) matrix; of other codebooks, with a known `address()`, if given."""
         table = (self.codebooks if codebooks is None else codebooks).reshape(-1, self.dim)
+        address = self.address() if address is None else address
         # index_select beats fancy indexing on a CPU by an order of magnitude
-        q = table.index_select(0, self.address().reshape(-1))
+        q = table.index_select(0, address.reshape(-1))
         if self.scale is not None:
             q = q * self.scale.reshape(-1, 1)
         return q.reshape(len(self.index), -1)

@@ -66,22 +66,27 @@ def importance(hessian: torch.Tensor, state: Lookup) -> torch.Tensor:
 
 
 def _normal_product(
-    hessian: torch.Tensor, state: Lookup, books: torch.Tensor, weight: torch.Tensor | None = None
+    hessian: torch.Tensor,
+    chunks: list[tuple[slice, slice, Lookup, torch.Tensor]],
+    books: torch.Tensor,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the normal matrix makes of codebooks (S, G, k, d): gather, multiply by H, scatter.
 
     With a weight: the same for ``weight - gathered``, that is, minus half of the loss's gradient.
+    chunks: those of the state, with their addresses.
     """
+    d = books.shape[-1]
     out = torch.zeros_like(books)
-    for rows, groups, part in state.row_chunks():
-        dense = part.decode(books[:, groups])
+    for rows, groups, part, address in chunks:
+        dense = part.decode(books[:, groups], address)
         if weight is not None:
             dense = weight[rows] - dense
-        parts = ((dense * part.row_mask) @ hessian * part.row_mask).reshape(-1, state.dim)
+        parts = ((dense * part.row_mask) @ hessian * part.row_mask).reshape(-1, d)
         if part.scale is not None:
             parts = parts * part.scale.reshape(-1, 1)
-        table = torch.zeros(part.codebooks.numel() // state.dim, state.dim, device=parts.device)
-        table.index_add_(0, part.address().reshape(-1), parts)
+        table = torch.zeros(part.codebooks.numel() // d, d, device=parts.device)
+        table.index_add_(0, address.reshape(-1), parts)
         out[:, groups] += table.reshape(part.codebooks.shape)
     return out
 
@@ -108,19 +113,20 @@ def fit_codebooks(
     def project(books: torch.Tensor) -> torch.Tensor:
         return books if basis is None else books[..., 0] @ basis.T
 
+    chunks = [(*chunk, chunk[2].address()) for chunk in state.row_chunks()]
     mass = importance(hessian, state)
     if basis is not None:
         mass = mass[..., 0] @ basis.square().T
     precondition = torch.where(mass > 0, 1 / mass.clamp_min(1e-30), 0)
 
-    residual = project(_normal_product(hessian, state, state.codebooks, weight))
+    residual = project(_normal_product(hessian, chunks, state.codebooks, weight))
     solution = torch.zeros_like(residual)
     direction = precondition * residual
     energy = first = (residual * direction).sum()
     for _ in range(iterations):
         if not bool(energy > tolerance * first):
             break
-        product = project(_normal_product(hessian, state, expand(direction)))
+        product = project(_normal_product(hessian, chunks, expand(direction)))
         curvature = (direction * product).sum()
         if not bool(curvature > 0):
             break

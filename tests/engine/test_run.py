@@ -50,7 +50,7 @@ def quiet(monkeypatch):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Two windows of 24 tokens at a time."""
-    monkeypatch.setattr(run, "_TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(run, "_batch_size", lambda specs, seqlen: 2)
 
 
 @pytest.fixture
@@ -155,7 +155,8 @@ def test_layers_that_share_an_input_share_its_hessian(collected):
 
 @pytest.mark.parametrize("asymmetric", [True, False])
 def test_what_every_layer_aims_at(monkeypatch, collected, asymmetric):
-    # with W x_dense in mind: W + W S (H + damping)^-1; otherwise its own weight
+    # with W x_dense in mind: W + W S (H + damping)^-1, less of it the fewer tokens there are;
+    # otherwise its own weight
     aims = []
     real = gptvq.quantize
 
@@ -171,9 +172,10 @@ def test_what_every_layer_aims_at(monkeypatch, collected, asymmetric):
     which = [i for i, g in enumerate(groups) for _ in g]
     for (aim, left), i, row in zip(aims, which, report["matrices"], strict=True):
         weight = dense.get_submodule(row["name"]).weight.detach()
-        h, shift, _ = collected[i]
+        h, shift, count = collected[i]
         expected = weight.double()
         if asymmetric:
+            shift = shift * (count / (count + 8 * len(shift)))
             assert left is None  # it is in the weight already
             damped = factorize(h, config.damping).hessian.double()
             expected = expected + expected @ shift.double() @ torch.linalg.inv(damped)
@@ -303,7 +305,7 @@ def test_same_seed_same_tensors(options):
 def test_batches_do_not_show(monkeypatch):
     found = []
     for size in (24, 120):
-        monkeypatch.setattr(run, "_TOKENS_PER_BATCH", size)
+        monkeypatch.setattr(run, "_batch_size", lambda specs, seqlen, n=size // 24: max(1, n))
         model = tiny("llama", torch.float32)
         found.append(work(model, tokens(5, 24))["matrices"])
     for one, other in zip(*found, strict=True):
