@@ -224,10 +224,16 @@ class _Solver:
 
     def _stored(self) -> _Stored:
         """A copy of the state as it would be stored: codebooks rounded, codes chosen for them."""
+        if self.spec.svd_rank and self.options.codebook_update:
+            # rounding may cost factors that were fitted more than it costs others
+            return min((self._store(fit) for fit in (False, True)), key=lambda stored: stored.loss)
+        return self._store(fit=False)
+
+    def _store(self, fit: bool) -> _Stored:
         spec, h = self.spec, self.factor.hessian
         state = replace(self.state, index=self.state.index.clone())
         if spec.svd_rank:
-            stored = self._factored(state)
+            stored = self._factored(state, fit)
         elif spec.codebook_dtype == "float16":
             state.codebooks = state.codebooks.half().float()
             stored = _Stored(state, values=state.codebooks)
@@ -241,12 +247,12 @@ class _Solver:
         stored.loss = refine.loss(self.target, h, state)
         return stored
 
-    def _factored(self, state: Lookup) -> _Stored:
+    def _factored(self, state: Lookup, fit: bool) -> _Stored:
         sort_entries(state)
         factors, basis = low_rank(state.codebooks, self.spec.svd_rank)
         shape = state.codebooks.shape
         state.codebooks = (factors @ basis).reshape(shape)
-        if self.options.codebook_update:
+        if fit:
             factors = factors + refine.fit_codebooks(
                 self.target,
                 self.factor.hessian,

@@ -7,6 +7,8 @@ zero-weight points are padding: they attract nothing.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # Costs computed at once: (groups, n, k) values that should stay in a CPU's cache, and on a GPU are
@@ -15,6 +17,8 @@ _CHUNK = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 24
 # Up to here the sums of the M-step are a matrix product with one-hot rows, beyond it a scatter.
 _ONE_HOT_LIMIT = 16
+# Up to here k-means++ draws several candidates per seed of a 1-D codebook.
+_GREEDY_LIMIT = 32
 
 
 def _features(points: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -89,19 +93,32 @@ def mahalanobis_seeds(points: torch.Tensor, present: torch.Tensor, k: int) -> to
 def kmeans_plus_plus_seeds(
     points: torch.Tensor, weights: torch.Tensor, k: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """k-means++ (Arthur, Vassilvitskii 2007): the next seed in proportion to squared distance."""
+    """k-means++ (Arthur, Vassilvitskii 2007): the next seed in proportion to squared distance.
+
+    Small 1-D codebooks get its greedy variant: of several draws the one that leaves the least cost.
+    """
     groups, n, d = points.shape
     rows = torch.arange(groups, device=points.device)
-    chosen = torch.empty(groups, k, d, device=points.device)
+    trials = 2 + int(math.log(k)) if d == 1 and k <= _GREEDY_LIMIT else 1
+    chosen = torch.zeros(groups, k, d, device=points.device)
     chance = weights.sum(-1)
     nearest = torch.full((groups, n), float("inf"), device=points.device)
     for m in range(k):
         cumulative = chance.double().cumsum(1)
-        draw = torch.rand(groups, 1, generator=generator, dtype=torch.float64).to(points.device)
-        pick = torch.searchsorted(cumulative, draw * cumulative[:, -1:]).clamp_max(n - 1)[:, 0]
-        chosen[:, m] = points[rows, pick]
-        gap = (weights * (points - chosen[:, m : m + 1]).square()).sum(-1)
-        nearest = torch.minimum(nearest, gap)
+        draws = torch.rand(groups, trials, generator=generator, dtype=torch.float64)
+        draws = draws.to(points.device) * cumulative[:, -1:]
+        picks = torch.searchsorted(cumulative, draws).clamp_max(n - 1)
+        best, least = nearest, torch.full((groups,), float("inf"), device=points.device)
+        for pick in picks.unbind(1):
+            seed = points[rows, pick]
+            gap = (weights * (points - seed[:, None]).square()).sum(-1)
+            left = torch.minimum(nearest, gap)
+            cost = left.sum(1)
+            better = cost < least
+            chosen[:, m] = torch.where(better[:, None], seed, chosen[:, m])
+            best = torch.where(better[:, None], left, best)
+            least = torch.where(better, cost, least)
+        nearest = best
         # All points taken: repeat any, the duplicates stay empty and are re-seeded later.
         chance = torch.where(nearest.sum(1, keepdim=True) > 0, nearest, torch.ones_like(nearest))
     return chosen

