@@ -68,3 +68,9 @@ def quantized(dense, tmp_path_factory):
         return done[kind]
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers whatever ran before: a rare cancellation is no finding."""
+    torch.manual_seed(0)
