@@ -5,7 +5,7 @@ feedback has left them; the sweep picks a centroid for `vector_dim` columns at a
 and codebooks are refined in turn on the exact output error (`hf_vq.methods.refine`), and the
 codebooks are rounded to their stored precision with the codes re-chosen for the rounded ones.
 
-Where this departs from the released code (measured in benchmarks/results): k-means and look-up
+Where this departs from the released code: k-means and look-up
 weights are 1/u^2 as the derivation asks, feedback uses the exact block of `vector_dim` columns,
 scales are divided out of the live weights, empty clusters are re-seeded, the codebook update is a
 convex solve, and codes are revisited.
