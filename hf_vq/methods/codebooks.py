@@ -42,7 +42,7 @@ def sort_entries(state: Lookup) -> None:
     """
     books, order = state.codebooks[..., 0].sort(-1)
     rank = order.argsort(-1)
-    flat = rank.reshape(-1).index_select(0, state.address().reshape(-1))
+    flat = rank.reshape(-1).index_select(0, state.addresses()[0].reshape(-1))
     state.index = flat.reshape(state.index.shape).to(state.index.dtype)
     state.codebooks = books[..., None].contiguous()
 

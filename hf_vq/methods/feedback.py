@@ -36,6 +36,11 @@ class Factor:
     added: float
     notes: list[str]
 
+    def undamped(self, matrix: torch.Tensor) -> float:
+        """tr(M H M^T) for the Hessian as it was before damping."""
+        damped = float(((matrix @ self.hessian) * matrix).sum(dtype=torch.float64))
+        return max(0.0, damped - self.added * float(matrix.square().sum(dtype=torch.float64)))
+
 
 def factorize(hessian: torch.Tensor, damping: float = 0.01, *, in_place: bool = False) -> Factor:
     """Damp and factor a Hessian of shape (c, c); never fails, says what it did instead.
@@ -124,13 +129,15 @@ def sweep(
     state: Lookup,
     begin_panel: Callable[[int, int, torch.Tensor], None],
     width: int = 128,
-) -> None:
+    beam: int = 1,
+) -> torch.Tensor:
     """Choose the codes of `state` from left to right, each aiming at the compensated weight.
 
     weight: float32 (r, c). upper: (c, c) from `factorize`. Panels of about `width` columns are
     announced by ``begin_panel(start, stop, compensated)``, where compensated (r, stop - start) is
     what their weights should be, given the codes of all columns left of them; the codebooks of
-    the panel's stripe must be in place when it returns.
+    the panel's stripe must be in place when it returns. beam: as in `solve_panel`. Returns
+    ``weight - Q`` (r, c).
     """
     d = state.dim
     error = torch.zeros_like(weight)
@@ -148,4 +155,6 @@ def sweep(
             a=corner,
             m=corner.transpose(1, 2) @ corner,
             b=inner,
+            beam=beam,
         )
+    return error

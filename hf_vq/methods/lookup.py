@@ -1,7 +1,9 @@
 """A matrix as look-ups in blocks' codebooks: the one state that sweep and refinement work on.
 
-Rows are padded to whole row groups and columns to whole vectors, so that every step is one batched
-operation; padded rows have no say in the codebooks (`row_mask`) and are cut off at the end.
+A vector covers `vector_rows` consecutive rows of `dim` consecutive columns: GPTVQ's lie along the
+columns of one row, VPTQ's along the rows of one column. Rows are padded to whole row groups (and
+vectors) and columns to whole vectors, so that every step is one batched operation; padded rows
+have no say in the codebooks (`row_mask`) and are cut off at the end.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ _CHUNK_ELSEWHERE = 1 << 25
 
 @dataclass
 class Lookup:
-    """codebooks (S, G, k, d) float32; index int32 (r, V); scale float32 (r, V) or None.
+    """codebooks (S, G, k, d) float32; index int32 (R, V); scale float32 (R, V) or None.
 
-    r = G * rows per group rows (padded), V vectors per row, S stripes of `vectors_per_stripe`.
-    row_mask: float32 (r, 1), 0 for padded rows.
+    r = G * rows per group rows (padded), R = r / vector_rows, V vectors side by side, S stripes of
+    `vectors_per_stripe`; d = vector_rows * dim numbers per vector. row_mask: float32 (r, 1), 0 for
+    padded rows. residual (S, G, k2, d) and residual_index (R, V): a second codebook whose vectors
+    are added. column_scale (V * dim,): what every column is multiplied by after the look-up.
     """
 
     codebooks: torch.Tensor
@@ -29,10 +33,34 @@ class Lookup:
     scale: torch.Tensor | None
     vectors_per_stripe: int
     row_mask: torch.Tensor
+    vector_rows: int = 1
+    residual: torch.Tensor | None = None
+    residual_index: torch.Tensor | None = None
+    column_scale: torch.Tensor | None = None
 
     @property
     def dim(self) -> int:
-        return self.codebooks.shape[-1]
+        """Columns of one vector."""
+        return self.codebooks.shape[-1] // self.vector_rows
+
+    @property
+    def books(self) -> torch.Tensor:
+        """All centroids: (S, G, k, d), or (S, G, k + k2, d) with those of the residual behind."""
+        if self.residual is None:
+            return self.codebooks
+        return torch.cat([self.codebooks, self.residual], 2)
+
+    @books.setter
+    def books(self, books: torch.Tensor) -> None:
+        k = self.codebooks.shape[2]
+        self.codebooks = books[:, :, :k]
+        if self.residual is not None:
+            self.residual = books[:, :, k:]
+
+    def copy(self) -> Lookup:
+        """A state whose codes may be changed without changing these."""
+        residual = None if self.residual_index is None else self.residual_index.clone()
+        return replace(self, index=self.index.clone(), residual_index=residual)
 
     def panels(self, width: int) -> list[tuple[int, int]]:
         """Column ranges of about `width` columns that cover the matrix and respect its stripes."""
@@ -51,68 +79,96 @@ class Lookup:
         A chunk is a run of whole row groups, or a part of a single one; indices and scales are
         views. Decoding it reads only its own groups' codebooks.
         """
-        rows, vectors = self.index.shape
+        blocks, vectors = self.index.shape
         groups = self.codebooks.shape[1]
-        each = rows // groups
-        limit = max(1, _CHUNK.get(self.index.device.type, _CHUNK_ELSEWHERE) // (vectors * self.dim))
-        if limit >= rows:
-            yield slice(0, rows), slice(0, groups), self
+        each = blocks // groups
+        size = vectors * self.codebooks.shape[-1]
+        limit = max(1, _CHUNK.get(self.index.device.type, _CHUNK_ELSEWHERE) // size)
+        if limit >= blocks:
+            yield slice(0, blocks * self.vector_rows), slice(0, groups), self
             return
         for g in range(0, groups, max(1, limit // each)):
             last = min(g + max(1, limit // each), groups)
             step = (last - g) * each if each <= limit else limit
             for lo in range(g * each, last * each, step):
-                here = slice(lo, min(lo + step, last * each))
-                part = replace(
-                    self,
-                    codebooks=self.codebooks[:, g:last],
-                    index=self.index[here],
-                    scale=None if self.scale is None else self.scale[here],
-                    row_mask=self.row_mask[here],
-                )
-                yield here, slice(g, last), part
+                hi = min(lo + step, last * each)
+                rows = slice(lo * self.vector_rows, hi * self.vector_rows)
+                yield rows, slice(g, last), self._part(slice(lo, hi), rows, slice(g, last))
 
-    def address(self) -> torch.Tensor:
-        """Row of every vector's centroid in ``codebooks.reshape(-1, d)``, (r, V)."""
+    def _part(self, blocks: slice, rows: slice, groups: slice) -> Lookup:
+        return replace(
+            self,
+            codebooks=self.codebooks[:, groups],
+            residual=None if self.residual is None else self.residual[:, groups],
+            index=self.index[blocks],
+            residual_index=None if self.residual_index is None else self.residual_index[blocks],
+            scale=None if self.scale is None else self.scale[blocks],
+            row_mask=self.row_mask[rows],
+        )
+
+    def addresses(self) -> list[torch.Tensor]:
+        """Row of every vector's centroid in ``books.reshape(-1, d)``, (R, V), one per codebook."""
         _, groups, k, _ = self.codebooks.shape
-        rows, vectors = self.index.shape
+        total = k if self.residual is None else k + self.residual.shape[2]
+        blocks, vectors = self.index.shape
         device = self.index.device
         stripe = torch.arange(vectors, device=device) // self.vectors_per_stripe
-        group = torch.arange(rows, device=device) // (rows // groups)
-        return (stripe[None] * groups + group[:, None]) * k + self.index
+        group = torch.arange(blocks, device=device) // (blocks // groups)
+        book = (stripe[None] * groups + group[:, None]) * total
+        if self.residual_index is None:
+            return [book + self.index]
+        return [book + self.index, book + k + self.residual_index]
 
     def decode(
-        self, codebooks: torch.Tensor | None = None, address: torch.Tensor | None = None
+        self, books: torch.Tensor | None = None, addresses: list[torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """The dense (r, V * d) matrix; of other codebooks, with a known `address()`, if given."""
-        table = (self.codebooks if codebooks is None else codebooks).reshape(-1, self.dim)
-        address = self.address() if address is None else address
+        """The dense (r, V * dim) matrix; of other `books`, with known `addresses()`, if given."""
+        table = (self.books if books is None else books).reshape(-1, self.codebooks.shape[-1])
+        addresses = self.addresses() if addresses is None else addresses
         # index_select beats fancy indexing on a CPU by an order of magnitude
-        q = table.index_select(0, address.reshape(-1))
+        q = table.index_select(0, addresses[0].reshape(-1))
+        for more in addresses[1:]:
+            q += table.index_select(0, more.reshape(-1))
         if self.scale is not None:
             q = q * self.scale.reshape(-1, 1)
-        return q.reshape(len(self.index), -1)
+        dense = self.as_matrix(q)
+        return dense if self.column_scale is None else dense * self.column_scale
 
-    def choose(
-        self, vector: int, linear: torch.Tensor, book: torch.Tensor, square: torch.Tensor
+    def as_matrix(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(R * V, d) vectors in the places where they stand in the (r, V * dim) matrix."""
+        blocks, count = self.index.shape
+        if self.vector_rows == 1:
+            return vectors.reshape(blocks, -1)
+        tiles = vectors.reshape(blocks, count, self.vector_rows, self.dim).transpose(1, 2)
+        return tiles.reshape(blocks * self.vector_rows, -1)
+
+    def as_vectors(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of `as_matrix`."""
+        if self.vector_rows == 1:
+            return matrix.reshape(-1, self.dim)
+        blocks, count = self.index.shape
+        tiles = matrix.reshape(blocks, self.vector_rows, count, self.dim).transpose(1, 2)
+        return tiles.reshape(blocks * count, -1)
+
+    def scatter(
+        self, matrix: torch.Tensor, addresses: list[torch.Tensor], squared: bool = False
     ) -> torch.Tensor:
-        """Set and return the best q (r, d) for vector column `vector` of every row.
+        """The transpose of `decode`: what every entry of the books gets of a (r, V * dim) matrix.
 
-        Minimizes ``square(q) - 2 linear . q`` over the row's codebook. linear (r, d); book
-        (G, k, d), the stripe's codebooks; square (G, k), the quadratic term of every centroid.
+        squared: with the squares of all scales. Returns the shape of `books`.
         """
-        groups, k, d = book.shape
-        step = linear.reshape(groups, -1, d)
-        quadratic = square[:, None]
+        power = 2 if squared else 1
+        if self.column_scale is not None:
+            matrix = matrix * self.column_scale**power
+        parts = self.as_vectors(matrix)
         if self.scale is not None:
-            # s > 0 divides out of s^2 square - 2 s linear . c
-            quadratic = self.scale[:, vector].reshape(groups, -1, 1) * quadratic
-        cost = torch.baddbmm(quadratic, step, book.transpose(1, 2), alpha=-2)
-        best = cost.min(-1).indices
-        self.index[:, vector] = best.reshape(-1)
-        flat = (best + k * torch.arange(groups, device=best.device)[:, None]).reshape(-1)
-        q = book.reshape(-1, d).index_select(0, flat)
-        return q if self.scale is None else q * self.scale[:, vector : vector + 1]
+            parts = parts * self.scale.reshape(-1, 1) ** power
+        stripes, groups, k, d = self.codebooks.shape
+        k += 0 if self.residual is None else self.residual.shape[2]
+        table = torch.zeros(stripes * groups * k, d, device=matrix.device)
+        for address in addresses:
+            table.index_add_(0, address.reshape(-1), parts)
+        return table.reshape(stripes, groups, k, d)
 
 
 def diagonal_blocks(matrix: torch.Tensor, d: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The recursion of `hf_vq.methods.panel` compiled for a CPU; imported only where numba is."""
+"""The recursions of `hf_vq.methods.panel` compiled for a CPU; imported only where numba is."""
 
 from __future__ import annotations
 
@@ -62,3 +62,95 @@ def panel(
                 delta[row, start + t] = step
                 for j in range(start + d, columns):
                     u[row, j] += step * b[start + t, j]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+def tall_panel(
+    delta: Any,
+    u: Any,
+    ratio: Any,
+    scale: Any,
+    b: Any,
+    book: Any,
+    residual: Any,
+    square: Any,
+    residual_square: Any,
+    beam: int,
+    index: Any,
+    residual_index: Any,
+    lo: int,
+    hi: int,
+) -> None:
+    """Blocks of rows [lo, hi), vectors of one column. delta and u as in `panel`.
+
+    float32 arrays: delta, u (R * v, P); ratio, scale (P,); b (P, P); book (v, k) and residual
+    (v, k2), whose squared lengths are `square` and `residual_square`. index, residual_index: int64
+    (R, P), written.
+    """
+    columns = delta.shape[1]
+    v, k = book.shape
+    extra = residual.shape[1]
+    x = np.empty(v, np.float32)
+    rest = np.empty(v, np.float32)
+    cost = np.empty(k, np.float32)
+    more = np.empty(max(extra, 1), np.float32)
+    top = np.empty(beam, np.int64)
+    top_cost = np.empty(beam, np.float32)
+    for block in range(lo, hi):
+        first = block * v
+        for j in range(columns):
+            for t in range(v):
+                x[t] = (u[first + t, j] * ratio[j] + delta[first + t, j]) / scale[j]
+            for c in range(k):
+                cost[c] = square[c]
+            for t in range(v):
+                twice = np.float32(2) * x[t]
+                for c in range(k):
+                    cost[c] -= twice * book[t, c]
+            second = 0
+            if extra == 0:
+                best = 0
+                least = cost[0]
+                for c in range(1, k):
+                    if cost[c] < least:
+                        least = cost[c]
+                        best = c
+            else:
+                filled = 0
+                for c in range(k):
+                    if filled == beam and cost[c] >= top_cost[beam - 1]:
+                        continue
+                    at = min(filled, beam - 1)
+                    while at > 0 and top_cost[at - 1] > cost[c]:
+                        top_cost[at] = top_cost[at - 1]
+                        top[at] = top[at - 1]
+                        at -= 1
+                    top_cost[at] = cost[c]
+                    top[at] = c
+                    filled = min(filled + 1, beam)
+                best = 0
+                least = np.float32(np.inf)
+                for i in range(beam):
+                    for t in range(v):
+                        rest[t] = x[t] - book[t, top[i]]
+                    for c in range(extra):
+                        more[c] = residual_square[c]
+                    for t in range(v):
+                        twice = np.float32(2) * rest[t]
+                        for c in range(extra):
+                            more[c] -= twice * residual[t, c]
+                    for c in range(extra):
+                        if top_cost[i] + more[c] < least:
+                            least = top_cost[i] + more[c]
+                            best = top[i]
+                            second = c
+                residual_index[block, j] = second
+            index[block, j] = best
+            for t in range(v):
+                q = book[t, best]
+                if extra:
+                    q += residual[t, second]
+                step = delta[first + t, j] - scale[j] * q
+                delta[first + t, j] = step
+                for i in range(j + 1, columns):
+                    u[first + t, i] += step * b[j, i]

@@ -11,6 +11,9 @@ here work on the exact layer objective ``tr(E H E^T)``, ``E = W - Q``, and can o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 
 from hf_vq.methods.lookup import Lookup, diagonal_blocks
@@ -29,8 +32,10 @@ def loss(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> float:
     return total
 
 
-def reassign(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> None:
-    """One pass of coordinate descent over all vectors, in place."""
+def reassign(
+    weight: torch.Tensor, hessian: torch.Tensor, state: Lookup, beam: int = 1
+) -> None:
+    """One pass of coordinate descent over all vectors, in place. beam: as in `solve_panel`."""
     d = state.dim
     identity = torch.eye(d, device=weight.device)
     panels = state.panels(_PANEL)
@@ -47,47 +52,39 @@ def reassign(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> None
                 a=identity.expand(len(metric), d, d),
                 m=metric,
                 b=hessian[start:stop, start:stop],
+                beam=beam,
             )
             pull[:, stop:].addmm_(delta, hessian[start:stop, stop:])
 
 
 def importance(hessian: torch.Tensor, state: Lookup) -> torch.Tensor:
-    """Diagonal of the codebooks' normal matrix, as (S, G, k, d): the mass behind every entry."""
-    out = torch.zeros_like(state.codebooks)
+    """Diagonal of the codebooks' normal matrix, shaped as `state.books`: the mass behind entries."""
+    out = torch.zeros_like(state.books)
     diagonal = hessian.diagonal()[None]
     for _, groups, part in state.row_chunks():
-        each = (diagonal * part.row_mask).reshape(-1, state.dim)
-        if part.scale is not None:
-            each = each * part.scale.reshape(-1, 1).square()
-        table = torch.zeros(part.codebooks.numel() // state.dim, state.dim, device=each.device)
-        table.index_add_(0, part.address().reshape(-1), each)
-        out[:, groups] += table.reshape(part.codebooks.shape)
+        each = diagonal * part.row_mask
+        out[:, groups] += part.scatter(each, part.addresses(), squared=True)
     return out
 
 
 def _normal_product(
     hessian: torch.Tensor,
-    chunks: list[tuple[slice, slice, Lookup, torch.Tensor]],
+    chunks: list[tuple[slice, slice, Lookup, list[torch.Tensor]]],
     books: torch.Tensor,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What the normal matrix makes of codebooks (S, G, k, d): gather, multiply by H, scatter.
+    """What the normal matrix makes of `books`: gather, multiply by H, scatter.
 
     With a weight: the same for ``weight - gathered``, that is, minus half of the loss's gradient.
     chunks: those of the state, with their addresses.
     """
-    d = books.shape[-1]
     out = torch.zeros_like(books)
-    for rows, groups, part, address in chunks:
-        dense = part.decode(books[:, groups], address)
+    for rows, groups, part, addresses in chunks:
+        dense = part.decode(books[:, groups], addresses)
         if weight is not None:
             dense = weight[rows] - dense
-        parts = ((dense * part.row_mask) @ hessian * part.row_mask).reshape(-1, d)
-        if part.scale is not None:
-            parts = parts * part.scale.reshape(-1, 1)
-        table = torch.zeros(part.codebooks.numel() // d, d, device=parts.device)
-        table.index_add_(0, address.reshape(-1), parts)
-        out[:, groups] += table.reshape(part.codebooks.shape)
+        dense = (dense * part.row_mask) @ hessian * part.row_mask
+        out[:, groups] += part.scatter(dense, addresses)
     return out
 
 
@@ -103,8 +100,8 @@ def fit_codebooks(
     """Least-squares codebooks for fixed codes, in place; never raises the loss.
 
     The normal matrix couples all codebooks of the matrix through H and is never formed. With a
-    basis (rank, k) the 1-D codebooks stay in its span. Returns what was added to the codebooks
-    (S, G, k, d), or to their factors (S, G, rank).
+    basis (rank, k) the 1-D codebooks stay in its span. Returns what was added to `state.books`, or
+    to their factors (S, G, rank).
     """
 
     def expand(values: torch.Tensor) -> torch.Tensor:
@@ -113,29 +110,82 @@ def fit_codebooks(
     def project(books: torch.Tensor) -> torch.Tensor:
         return books if basis is None else books[..., 0] @ basis.T
 
-    chunks = [(*chunk, chunk[2].address()) for chunk in state.row_chunks()]
+    chunks = [(*chunk, chunk[2].addresses()) for chunk in state.row_chunks()]
     mass = importance(hessian, state)
     if basis is not None:
         mass = mass[..., 0] @ basis.square().T
     precondition = torch.where(mass > 0, 1 / mass.clamp_min(1e-30), 0)
 
-    residual = project(_normal_product(hessian, chunks, state.codebooks, weight))
+    residual = project(_normal_product(hessian, chunks, state.books, weight))
+    solution = _conjugate_gradients(
+        lambda values: project(_normal_product(hessian, chunks, expand(values))),
+        residual,
+        precondition,
+        iterations,
+        tolerance,
+    )
+    state.books = state.books + expand(solution)
+    return solution
+
+
+def fit_column_scale(
+    weight: torch.Tensor, hessian: torch.Tensor, state: Lookup, *, iterations: int = 10
+) -> None:
+    """Least-squares column scales for fixed codes and codebooks, in place; never raises the loss.
+
+    With P the look-ups without their scale the loss is a quadratic in it, whose matrix
+    (P^T P) * H is only applied, never formed: conjugate gradients as in `fit_codebooks`.
+    """
+    scale = state.column_scale
+    assert scale is not None
+    chunks = [(rows, replace(part, column_scale=None)) for rows, _, part in state.row_chunks()]
+
+    def product(values: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        out = torch.zeros_like(values)
+        for rows, part in chunks:
+            plain = part.decode() * part.row_mask
+            dense = plain * values
+            if weight is not None:
+                dense = weight[rows] * part.row_mask - dense
+            out += ((dense @ hessian) * plain).sum(0)
+        return out
+
+    mass = torch.zeros_like(scale)
+    for _, part in chunks:
+        mass += (part.decode() * part.row_mask).square().sum(0)
+    mass *= hessian.diagonal()
+    precondition = torch.where(mass > 0, 1 / mass.clamp_min(1e-30), 0)
+    state.column_scale = scale + _conjugate_gradients(
+        product, product(scale, weight), precondition, iterations
+    )
+
+
+def _conjugate_gradients(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    residual: torch.Tensor,
+    precondition: torch.Tensor,
+    iterations: int,
+    tolerance: float = 1e-4,
+) -> torch.Tensor:
+    """Solve ``product(x) = residual`` for a positive semidefinite product; x lowers its quadratic.
+
+    Stops when the preconditioned residual's energy has fallen to `tolerance` of itself.
+    """
     solution = torch.zeros_like(residual)
     direction = precondition * residual
     energy = first = (residual * direction).sum()
     for _ in range(iterations):
         if not bool(energy > tolerance * first):
             break
-        product = project(_normal_product(hessian, chunks, expand(direction)))
-        curvature = (direction * product).sum()
+        step = product(direction)
+        curvature = (direction * step).sum()
         if not bool(curvature > 0):
             break
         length = energy / curvature
         solution += length * direction
-        residual -= length * product
+        residual = residual - length * step
         preconditioned = precondition * residual
         fresh = (residual * preconditioned).sum()
         direction = preconditioned + (fresh / energy) * direction
         energy = fresh
-    state.codebooks = state.codebooks + expand(solution)
     return solution
