@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hf_vq_kernels.autograd import register_gradients, register_product
 from hf_vq_kernels.bits import unpack_bits
+from hf_vq_kernels.lookup import look_up, vectors_at_once
 from hf_vq_kernels.reference import expand_codebooks, wide
 from torch import Tensor
 
@@ -97,19 +99,6 @@ def gptvq_linear(
 
 # ---------------------------------------------------------------------------------- default backend
 
-# An integer (or complex) type as wide as one vector: a look-up then moves one element per vector.
-_WIDE = {
-    1: torch.int8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-    16: torch.complex128,
-}
-
-
-# Vectors decoded at once; 2**25 where a device is not named.
-_VECTORS_AT_ONCE = {"cpu": 2**17}
-
 
 def _entry_numbers(
     indices: Tensor,
@@ -136,16 +125,6 @@ def _entry_numbers(
         stripe = torch.arange(num_vectors, device=device, dtype=dtype) // vectors_per_stripe
         flat = flat + stripe * (groups * k)
     return flat
-
-
-def _look_up(table: Tensor, flat: Tensor) -> Tensor:
-    """Rows `flat` (r, v) of `table` (n, d), side by side: (r, v*d)."""
-    n, d = table.shape
-    whole_vector = _WIDE.get(d * table.element_size())
-    if whole_vector is None:
-        return table.index_select(0, flat.flatten()).view(flat.shape[0], -1)
-    picked = table.view(whole_vector).view(n).index_select(0, flat.flatten())
-    return picked.view(table.dtype).view(flat.shape[0], -1)
 
 
 def _scale_table(scale_grid: Tensor, log_scales: bool) -> Tensor:
@@ -202,13 +181,13 @@ def _dequantize_default(
         table = table.to(dtype)
     weight = torch.empty((rows, in_features), dtype=dtype, device=indices.device)
     # In slices, so that what is held besides the result stays small (and in the CPU's cache).
-    step = max(1, _VECTORS_AT_ONCE.get(indices.device.type, 2**25) // num_vectors)
+    step = max(1, vectors_at_once(indices.device) // num_vectors)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         flat = _entry_numbers(
             indices[part], shape, num_vectors, group_columns // vector_dim, group_rows, start
         )
-        values = _look_up(table, flat)[:, :in_features]
+        values = look_up(table, flat)[:, :in_features]
         if scale_codes is not None and scale_grid is not None:
             scales = _scales(scale_codes[part], scale_grid, log_scales)
             _scale_columns_(values, scales, scale_block)
@@ -216,30 +195,7 @@ def _dequantize_default(
     return weight
 
 
-@torch.library.impl("hf_vq::gptvq_linear", "CompositeExplicitAutograd")
-def _linear_default(
-    x: Tensor,
-    indices: Tensor,
-    codebooks: Tensor,
-    codebook_scales: Tensor | None,
-    codebook_basis: Tensor | None,
-    scale_codes: Tensor | None,
-    scale_grid: Tensor | None,
-    bias: Tensor | None,
-    vector_dim: int,
-    num_centroids: int,
-    group_rows: int,
-    group_columns: int,
-    scale_block: int,
-    log_scales: bool,
-) -> Tensor:
-    weight = gptvq_dequantize(
-        indices, codebooks, codebook_scales, codebook_basis, scale_codes, scale_grid, x.shape[-1],
-        vector_dim, num_centroids, group_rows, group_columns, scale_block, log_scales, x.dtype,
-    )  # fmt: skip
-    # The caller (PackedLinear) has applied autocast already; here the result has the dtype of x.
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+register_product("gptvq", num_packed=6)
 
 
 # ---------------------------------------------------------------------------------- shape inference
@@ -298,49 +254,4 @@ def _codebook_gradients(
     return out
 
 
-def _dequantize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.geometry = inputs[7:13]
-
-
-def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    packed = _codebook_gradients(grad, ctx.needs_input_grad[:6], ctx.saved_tensors, ctx.geometry)
-    return (*packed, *[None] * 8)
-
-
-def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed = inputs[0], inputs[1:7]
-    ctx.trains_packed = any(ctx.needs_input_grad[1:7])
-    # Only the gradients of codebooks look at the activations.
-    ctx.save_for_backward(x if ctx.trains_packed else None, *packed)
-    ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
-    ctx.bias_dtype = None if inputs[7] is None else inputs[7].dtype
-    ctx.geometry = inputs[8:]
-
-
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, *packed = ctx.saved_tensors
-    grad_x = grad_bias = None
-    grad_packed: list[Tensor | None] = [None] * 6
-    if ctx.needs_input_grad[0]:
-        weight = torch.ops.hf_vq.gptvq_dequantize(
-            *packed, ctx.in_features, *ctx.geometry, ctx.dtype
-        )
-        grad_x = grad @ weight
-    tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
-    if ctx.trains_packed:
-        grad_weight = tokens.T.float() @ x.reshape(-1, ctx.in_features).float()
-        grad_packed = _codebook_gradients(
-            grad_weight, ctx.needs_input_grad[1:7], tuple(packed), ctx.geometry
-        )
-    if ctx.needs_input_grad[7]:
-        grad_bias = tokens.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return (grad_x, *grad_packed, grad_bias, *[None] * 6)
-
-
-torch.library.register_autograd(
-    "hf_vq::gptvq_dequantize", _dequantize_backward, setup_context=_dequantize_context
-)
-torch.library.register_autograd(
-    "hf_vq::gptvq_linear", _linear_backward, setup_context=_linear_context
-)
+register_gradients("gptvq", 6, _codebook_gradients)

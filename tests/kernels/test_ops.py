@@ -60,7 +60,7 @@ def test_decoding_in_slices_changes_nothing(
     packed, geometry = arguments(spec)
     rest = (spec.in_features, *geometry, torch.bfloat16)
     whole = hf_vq_kernels.gptvq_dequantize(*packed.values(), *rest)
-    monkeypatch.setitem(hf_vq_kernels.ops._VECTORS_AT_ONCE, "cpu", vectors)
+    monkeypatch.setitem(hf_vq_kernels.lookup.VECTORS_AT_ONCE, "cpu", vectors)
     assert torch.equal(hf_vq_kernels.gptvq_dequantize(*packed.values(), *rest), whole)
 
 
