@@ -14,6 +14,7 @@ __all__ = [
     "GPTVQConfig",
     "PackedLinear",
     "Plan",
+    "VPTQConfig",
     "__version__",
     "make_plan",
     "register",
@@ -43,7 +44,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-from hf_vq.configs import GPTVQConfig  # noqa: E402
+from hf_vq.configs import GPTVQConfig, VPTQConfig  # noqa: E402
 from hf_vq.registration import register  # noqa: E402
 
 register()

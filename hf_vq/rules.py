@@ -45,6 +45,30 @@ class Number:
 
 
 @dataclass(frozen=True)
+class PowerOfTwo:
+    """A power of two in [low, high], which are powers of two; `also` lists values beside them."""
+
+    low: int
+    high: int
+    optional: bool = False
+    also: tuple[int, ...] = ()
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is None and self.optional:
+            return None
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value // 1:
+            number = int(value)
+            power = self.low <= number <= self.high and number & (number - 1) == 0
+            if power or number in self.also:
+                return number
+        also = "".join(f" or {v}" for v in self.also)
+        none = " or None" if self.optional else ""
+        raise ValueError(
+            f"{name}={value!r} must be a power of two from {self.low} to {self.high}{also}{none}"
+        )
+
+
+@dataclass(frozen=True)
 class Choice:
     """One of a few values."""
 
@@ -67,7 +91,12 @@ class Choice:
 class Flag:
     """True or False."""
 
-    def check(self, name: str, value: Any) -> bool:
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> bool | None:
+        if value is None and self.optional:
+            return None
         if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} must be True or False")
+            none = " or None" if self.optional else ""
+            raise ValueError(f"{name}={value!r} must be True or False{none}")
         return value

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_vq.rules import Choice, Flag, Number
+from hf_vq.rules import Choice, Flag, Number, PowerOfTwo
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "2", True, None, [2], 0.99, 8.01])
@@ -52,7 +52,19 @@ def test_choice():
             rule.check("d", bad)
 
 
+def test_power_of_two():
+    rule = PowerOfTwo(2, 65536, optional=True, also=(0,))
+    assert [rule.check("k", v) for v in (2, 65536, 0, 16.0, None)] == [2, 65536, 0, 16, None]
+    assert type(rule.check("k", np.int32(8))) is int
+    for bad in (1, 3, 131072, -2, 2.5, True, "16", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="power of two from 2 to 65536 or 0 or None"):
+            rule.check("k", bad)
+    with pytest.raises(ValueError, match="from 2 to 16$"):
+        PowerOfTwo(2, 16).check("k", None)
+
+
 def test_flag():
+    assert Flag(optional=True).check("f", None) is None
     assert Flag().check("f", False) is False
     for bad in (0, None, "yes"):
         with pytest.raises(ValueError, match="True or False"):

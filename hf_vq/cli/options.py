@@ -15,28 +15,46 @@ from typing import Annotated, Any
 import typer
 
 from hf_vq.registry import METHODS
-from hf_vq.rules import Choice, Flag, Number, Rule
+from hf_vq.rules import Choice, Flag, Number, PowerOfTwo, Rule
 
 _NONE = object()  # "none" given on the command line, as against no option given
 
 
 class _Parser:
-    """Text of an option -> value of the field, refused with the field's own message."""
+    """Text of an option -> value of the field, refused with the fields' own messages.
 
-    def __init__(self, name: str, rule: Rule) -> None:
+    Methods may have fields of one name with different rules. What any of them allows passes here;
+    the config of the method that is chosen has the last word.
+    """
+
+    def __init__(self, name: str, rules: dict[str, Rule]) -> None:
         self.name = name
-        self.rule = rule
+        self.rules = rules
         self.__name__ = name  # typer asks every parser for a name
 
     def __call__(self, text: Any) -> Any:
         if not isinstance(text, str):
             return text
-        if text.lower() == "none" and getattr(self.rule, "optional", False):
+        problems: dict[str, list[str]] = {}
+        for method, rule in self.rules.items():
+            try:
+                return rule.check(self.name, _literal(text))
+            except ValueError as error:
+                problems.setdefault(str(error), []).append(method)
+        if text.lower() == "none" and any(_optional(rule) for rule in self.rules.values()):
             return _NONE
-        try:
-            return self.rule.check(self.name, _literal(text))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(_per_method(problems))
+
+
+def _optional(rule: Rule) -> bool:
+    return getattr(rule, "optional", False)
+
+
+def _per_method(texts: dict[str, list[str]]) -> str:
+    """One text, or each with the methods that it is about."""
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "; ".join(f"{', '.join(methods)}: {text}" for text, methods in texts.items())
 
 
 def _literal(text: str) -> Any:
@@ -53,7 +71,7 @@ def _metavar(rule: Rule) -> str:
         return "|".join(map(str, rule.values))
     if isinstance(rule, Number):
         return "INTEGER" if rule.integer else "NUMBER"
-    return "VALUE"
+    return "INTEGER" if isinstance(rule, PowerOfTwo) else "VALUE"
 
 
 def field_help(config: type) -> dict[str, str]:
@@ -75,13 +93,12 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "fields"]
     taken = {p.name for p in own}
-    extra: dict[str, inspect.Parameter] = {}
+    rules: dict[str, dict[str, Rule]] = {}  # field -> method -> rule
     for method in METHODS.values():
-        texts = field_help(method.config)
-        rules: dict[str, Rule] = method.config.rules  # type: ignore[attr-defined]
-        for name, rule in rules.items():
-            if name not in taken and name not in extra:
-                extra[name] = _parameter(name, rule, texts.get(name, ""), method.name)
+        for name, rule in method.config.rules.items():  # type: ignore[attr-defined]
+            if name not in taken:
+                rules.setdefault(name, {})[method.name] = rule
+    extra = {name: _parameter(name, by_method) for name, by_method in rules.items()}
 
     def wrapper(**values: Any) -> Any:
         fields = {name: values.pop(name) for name in extra}
@@ -95,19 +112,24 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _parameter(name: str, rule: Rule, text: str, method: str) -> inspect.Parameter:
+def _parameter(name: str, rules: dict[str, Rule]) -> inspect.Parameter:
     flag = name.replace("_", "-")
-    panel = f"Fields of the config ({method}; unset: chosen by the library)"
+    panel = f"Fields of the config ({', '.join(rules)}; unset: chosen by the library)"
+    texts: dict[str, list[str]] = {}
+    for method in rules:
+        texts.setdefault(field_help(METHODS[method].config).get(name, ""), []).append(method)
     annotation: Any
-    if isinstance(rule, Flag):
-        option = typer.Option(f"--{flag}/--no-{flag}", help=text, rich_help_panel=panel)
+    if all(isinstance(rule, Flag) for rule in rules.values()):
+        option = typer.Option(
+            f"--{flag}/--no-{flag}", help=_per_method(texts), rich_help_panel=panel
+        )
         annotation = Annotated[bool | None, option]
     else:
         option = typer.Option(
             f"--{flag}",
-            help=text,
-            metavar=_metavar(rule),
-            parser=_Parser(name, rule),
+            help=_per_method(texts),
+            metavar=" or ".join(dict.fromkeys(_metavar(rule) for rule in rules.values())),
+            parser=_Parser(name, rules),
             rich_help_panel=panel,
         )
         annotation = Annotated[Any | None, option]
