@@ -133,8 +133,10 @@ def _solve_tall(
     scale = torch.ones(base.shape[1], device=base.device)
     if state.column_scale is not None:
         scale = state.column_scale[columns]
-    index = torch.zeros(len(state.index), base.shape[1], dtype=torch.int64, device=base.device)
+    index = state.index[:, columns].to(torch.int64, copy=True)
     codes = (index, torch.zeros_like(index))
+    if state.residual_index is not None:
+        codes = (index, state.residual_index[:, columns].to(torch.int64, copy=True))
     delta = base.contiguous().clone()
     u = u.contiguous()
     run = _tall_in_torch
@@ -179,7 +181,7 @@ def _tall_in_torch(
     index: torch.Tensor,
     residual_index: torch.Tensor,
 ) -> None:
-    """delta enters as base and leaves as base - q; the codes are written."""
+    """delta enters as base and leaves as base - q; codes are replaced by better ones."""
     size = book.shape[1]
     square, residual_square = book.square().sum(1), residual.square().sum(1)
     for j in range(delta.shape[1]):
@@ -189,9 +191,12 @@ def _tall_in_torch(
             costs, tops = cost.topk(beam, dim=1, largest=False)
             rest = x[:, None] - book[tops]
             more = (residual_square - 2 * rest @ residual.T).min(-1)
-            which = (costs + more.values).argmin(1, keepdim=True)
-            best = tops.gather(1, which)[:, 0]
-            second = more.indices.gather(1, which)[:, 0]
+            # the codes as they are compete too, so that a pass never makes a choice worse
+            now = book[index[:, j]] + residual[residual_index[:, j]]
+            costs = torch.cat([(now * (now - 2 * x)).sum(1, keepdim=True), costs + more.values], 1)
+            which = costs.argmin(1, keepdim=True)
+            best = torch.cat([index[:, j, None], tops], 1).gather(1, which)[:, 0]
+            second = torch.cat([residual_index[:, j, None], more.indices], 1).gather(1, which)[:, 0]
             q = book[best] + residual[second]
             residual_index[:, j] = second
         else:

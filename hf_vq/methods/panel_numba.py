@@ -85,7 +85,7 @@ def tall_panel(
 
     float32 arrays: delta, u (R * v, P); ratio, scale (P,); b (P, P); book (v, k) and residual
     (v, k2), whose squared lengths are `square` and `residual_square`. index, residual_index: int64
-    (R, P), written.
+    (R, P), read where there is a residual, and written.
     """
     columns = delta.shape[1]
     v, k = book.shape
@@ -128,8 +128,13 @@ def tall_panel(
                     top_cost[at] = cost[c]
                     top[at] = c
                     filled = min(filled + 1, beam)
-                best = 0
-                least = np.float32(np.inf)
+                # the codes as they are compete too, so that a pass never makes a choice worse
+                best = index[block, j]
+                second = residual_index[block, j]
+                least = np.float32(0)
+                for t in range(v):
+                    q = book[t, best] + residual[t, second]
+                    least += q * (q - np.float32(2) * x[t])
                 for i in range(beam):
                     for t in range(v):
                         rest[t] = x[t] - book[t, top[i]]

@@ -32,9 +32,7 @@ def loss(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup) -> float:
     return total
 
 
-def reassign(
-    weight: torch.Tensor, hessian: torch.Tensor, state: Lookup, beam: int = 1
-) -> None:
+def reassign(weight: torch.Tensor, hessian: torch.Tensor, state: Lookup, beam: int = 1) -> None:
     """One pass of coordinate descent over all vectors, in place. beam: as in `solve_panel`."""
     d = state.dim
     identity = torch.eye(d, device=weight.device)
@@ -58,7 +56,7 @@ def reassign(
 
 
 def importance(hessian: torch.Tensor, state: Lookup) -> torch.Tensor:
-    """Diagonal of the codebooks' normal matrix, shaped as `state.books`: the mass behind entries."""
+    """Diagonal of the codebooks' normal matrix, in the shape of `state.books`: their mass."""
     out = torch.zeros_like(state.books)
     diagonal = hessian.diagonal()[None]
     for _, groups, part in state.row_chunks():

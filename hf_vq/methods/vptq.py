@@ -151,9 +151,7 @@ class _Solver:
         """The columns behind the outliers, with what the codes of those ask them to make up for."""
         n = self.spec.outlier_columns
         carried = self.parts[0].error(self.target[:, :n]) @ self.upper[:n, n:]
-        shift = torch.linalg.solve_triangular(
-            self.upper[n:, n:], carried, upper=True, left=False
-        )
+        shift = torch.linalg.solve_triangular(self.upper[n:, n:], carried, upper=True, left=False)
         return self.target[:, n:] + shift
 
     def error(self) -> torch.Tensor:
