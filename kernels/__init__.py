@@ -1,10 +1,12 @@
 """Operators of hf_vq. Importing this package registers `torch.ops.hf_vq.*`; it needs torch alone.
 
-bits.py: the bit stream every format shares; ops.py: the operators (schema, default implementation,
-shape inference, gradients); reference.py: what they compute, written to be read.
+bits.py: the bit stream every format shares; ops.py (gptvq) and vptq_ops.py: the operators (schema,
+default implementation, shape inference, gradients); reference.py and vptq_reference.py: what they
+compute, written to be read; lookup.py and autograd.py: what the operators have in common.
 """
 
 from hf_vq_kernels.bits import unpack_bits
 from hf_vq_kernels.ops import gptvq_dequantize, gptvq_linear
+from hf_vq_kernels.vptq_ops import vptq_dequantize, vptq_linear
 
-__all__ = ["gptvq_dequantize", "gptvq_linear", "unpack_bits"]
+__all__ = ["gptvq_dequantize", "gptvq_linear", "unpack_bits", "vptq_dequantize", "vptq_linear"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_vq.formats import gptvq
+from hf_vq.formats import gptvq, vptq
 from hf_vq.formats.base import LayerSpec, TensorLayout
 from hf_vq.formats.validation import FormatError, check_layout, check_version
 
@@ -66,4 +66,5 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "gptvq": Format(gptvq.GPTVQSpec, gptvq.FORMAT_VERSION, gptvq.pack, gptvq.unpack, gptvq.check),
+    "vptq": Format(vptq.VPTQSpec, vptq.FORMAT_VERSION, vptq.pack, vptq.unpack, vptq.check),
 }

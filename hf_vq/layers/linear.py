@@ -4,11 +4,15 @@ Notable choices: it is an `nn.Linear` (PEFT and others look for that class) whos
 so code that would write into a dense weight fails loudly instead of changing a temporary. The
 packed tensors are frozen Parameters (device maps and offloading see Parameters) of a declared
 dtype, which casts of the model leave alone: a bfloat16 scale stays bfloat16 in a float16 model.
+Where a format's tensor names have a dot ("centroids.weight"), a child module holds the tensor, and
+the forward pass calls that module: hooks that offload weights attach to modules and fill them when
+they are called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +21,37 @@ from torch import Tensor, nn
 from hf_vq.formats import FORMATS
 from hf_vq.formats.base import LayerSpec
 from hf_vq.layers.operators import OPERATORS
+
+
+class PackedTable(nn.Module):
+    """One packed tensor under the name `weight`; calling the module returns it."""
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        zeros = torch.zeros(shape, dtype=dtype, device=device)
+        self.weight = nn.Parameter(zeros, requires_grad=False)
+
+    def forward(self) -> Tensor:
+        """The tensor itself, not a copy."""
+        return self.weight
+
+    def reset_parameters(self) -> None:
+        """Back to zeros."""
+        with torch.no_grad():
+            self.weight.zero_()
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this table."""
+        return f"{tuple(self.weight.shape)}, {self.weight.dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTable:
+        """Moves move the tensor, casts leave it alone."""
+        super()._apply(lambda tensor: _move(tensor, fn), recurse)
+        return self
 
 
 class PackedLinear(nn.Linear):
@@ -44,8 +79,13 @@ class PackedLinear(nn.Linear):
         self.compute_dtype = compute_dtype or torch.get_default_dtype()
         self.register_parameter("weight", None)
         for name, (shape, dtype) in spec.layout().items():
-            zeros = torch.zeros(shape, dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+            child, dot, _ = name.partition(".")
+            if dot:
+                self.add_module(child, PackedTable(shape, dtype, device))
+            else:
+                zeros = torch.zeros(shape, dtype=dtype, device=device)
+                self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+        self._tables = tuple(self._modules)
         self.register_parameter("bias", None)
         if bias:
             zeros = torch.zeros(spec.out_features, dtype=self.compute_dtype, device=device)
@@ -69,7 +109,9 @@ class PackedLinear(nn.Linear):
             compute_dtype = bias.dtype
         layer = cls(spec, bias=bias is not None, compute_dtype=compute_dtype, device="meta")
         for name in spec.layout():
-            layer.register_parameter(name, nn.Parameter(tensors[name].detach(), False))
+            child, _, leaf = name.rpartition(".")
+            module = layer.get_submodule(child)  # of "": the layer itself
+            module.register_parameter(leaf, nn.Parameter(tensors[name].detach(), False))
         if bias is not None:
             if tuple(bias.shape) != (spec.out_features,):
                 raise ValueError(
@@ -80,19 +122,24 @@ class PackedLinear(nn.Linear):
 
     def packed(self) -> dict[str, Tensor]:
         """Name -> tensor, as in `spec.layout()`."""
-        return {name: getattr(self, name) for name in self.spec.layout()}
+        return {name: attrgetter(name)(self) for name in self.spec.layout()}
 
     @property
     def qweight(self) -> Tensor:
         """The first packed tensor, the codes: where PEFT looks for the device of a layer."""
-        return getattr(self, next(iter(self.spec.layout())))
+        return attrgetter(next(iter(self.spec.layout())))(self)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of `input` (or of autocast)."""
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
-        return OPERATORS[self.spec.method].linear(input, self._parameters, self.spec, self.bias)
+        packed: Mapping[str, Any] = self._parameters
+        if self._tables:
+            packed = dict(packed)
+            for name in self._tables:
+                packed[f"{name}.weight"] = getattr(self, name)()
+        return OPERATORS[self.spec.method].linear(input, packed, self.spec, self.bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out_features, in_features), in `compute_dtype` unless told."""
@@ -115,7 +162,7 @@ class PackedLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Back to the state of a new layer: everything zero."""
         with torch.no_grad():
-            for parameter in self.parameters(recurse=False):
+            for parameter in self.parameters():
                 parameter.zero_()
 
     def extra_repr(self) -> str:
@@ -129,8 +176,7 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Moves move everything, casts cast the bias alone.
 
-        `fn` is what `.to()`, `.half()`, `.to_empty()` and the like do to one tensor. Packed floats
-        go through it as integers of the same width, which casts of a model do not touch.
+        `fn` is what `.to()`, `.half()`, `.to_empty()` and the like do to one tensor.
         """
         keep: set[int] = set()
         for tensor in self.packed().values():
@@ -139,18 +185,24 @@ class PackedLinear(nn.Linear):
                 keep.add(id(tensor.grad))
 
         def moved(tensor: Tensor) -> Tensor:
-            if id(tensor) not in keep:
-                return fn(tensor)
-            bits = tensor.detach().view(_BITS[tensor.dtype.itemsize])
-            out = fn(bits)
-            if out.dtype != bits.dtype:  # Module.type() casts integers too
-                out = bits.to(out.device)
-            return tensor if out is bits else out.view(tensor.dtype)
+            return _move(tensor, fn) if id(tensor) in keep else fn(tensor)
 
         probe: Any = torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)
         super()._apply(moved, recurse)
         self.compute_dtype = fn(probe).dtype
         return self
+
+
+def _move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `fn` does to the place of `tensor`, without what it does to its dtype.
+
+    The tensor goes through `fn` as integers of the same width, which casts of a model do not touch.
+    """
+    bits = tensor.detach().view(_BITS[tensor.dtype.itemsize])
+    out = fn(bits)
+    if out.dtype != bits.dtype:  # Module.type() casts integers too
+        out = bits.to(out.device)
+    return tensor if out is bits else out.view(tensor.dtype)
 
 
 # Integers as wide as a float of so many bytes.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_vq.formats.gptvq import GPTVQSpec
+from hf_vq.formats.vptq import VPTQSpec
 
 Packed = Mapping[str, Any]  # name -> Tensor, as in spec.layout()
 
@@ -55,6 +56,36 @@ def _gptvq_dequantize(packed: Packed, spec: GPTVQSpec, dtype: torch.dtype) -> Te
     )
 
 
+_VPTQ_TENSORS = (
+    "indices", "centroids.weight", "res_centroids.weight", "outlier_indices",
+    "outlier_centroids.weight", "perm", "weight_scale", "weight_bias",
+)  # fmt: skip
+
+
+def _vptq_tensors(packed: Packed, spec: VPTQSpec) -> tuple[Tensor | None, ...]:
+    if spec.storage != "packed":
+        raise ValueError(
+            f'the operators compute with storage "packed", not {spec.storage!r}: store the matrix '
+            "again with hf_vq.formats.vptq.modernize"
+        )
+    return tuple(packed.get(name) for name in _VPTQ_TENSORS)
+
+
+def _vptq_geometry(spec: VPTQSpec) -> tuple[int, int, int, bool]:
+    return spec.out_features, spec.vector_dim, spec.outlier_vector_dim, spec.norm == "rows"
+
+
+def _vptq_linear(x: Tensor, packed: Packed, spec: VPTQSpec, bias: Tensor | None) -> Tensor:
+    tensors = _vptq_tensors(packed, spec)
+    return hf_vq_kernels.vptq_linear(x, *tensors, bias, *_vptq_geometry(spec))
+
+
+def _vptq_dequantize(packed: Packed, spec: VPTQSpec, dtype: torch.dtype) -> Tensor:
+    tensors = _vptq_tensors(packed, spec)
+    return hf_vq_kernels.vptq_dequantize(*tensors, spec.in_features, *_vptq_geometry(spec), dtype)
+
+
 OPERATORS: dict[str, Operator] = {
     "gptvq": Operator(_gptvq_linear, _gptvq_dequantize),
+    "vptq": Operator(_vptq_linear, _vptq_dequantize),
 }
