@@ -234,7 +234,8 @@ def _codebook_gradients(
     grad = F.pad(grad, (0, num_vectors * vector_dim - grad.shape[1]))
     flat = _entry_numbers(indices, shape, num_vectors, group_columns // vector_dim, group_rows)
     values = grad.new_zeros((shape.numel() // vector_dim, vector_dim))
-    values = values.index_add(0, flat.flatten(), grad.reshape(-1, vector_dim)).view(shape)
+    # int64: the CPU adds along int32 indices several times slower
+    values = values.index_add_(0, flat.flatten().long(), grad.reshape(-1, vector_dim)).view(shape)
 
     out: list[Tensor | None] = [None] * 6
     scaled = values

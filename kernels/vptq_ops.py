@@ -269,7 +269,8 @@ def _sum_vectors(grad: Tensor, flat: Tensor, rows: int, vector_dim: int) -> Tens
     blocks, columns = flat.shape
     grad = F.pad(grad, (0, 0, 0, blocks * vector_dim - grad.shape[0]))
     vectors = grad.view(blocks, vector_dim, columns).transpose(1, 2).reshape(-1, vector_dim)
-    return vectors.new_zeros((rows, vector_dim)).index_add_(0, flat.flatten(), vectors)
+    # int64: the CPU adds along int32 indices several times slower
+    return vectors.new_zeros((rows, vector_dim)).index_add_(0, flat.flatten().long(), vectors)
 
 
 def _gradients(
