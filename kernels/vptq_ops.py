@@ -124,7 +124,7 @@ def _shape(
     if res_centroids is not None:
         res_bits = (res_centroids.shape[1] // vector_dim - 1).bit_length()
     outliers = 0 if outlier_indices is None else outlier_indices.shape[-1]
-    width, rest = divmod(in_features - outliers, groups)
+    width, rest = (in_features - outliers) // groups, (in_features - outliers) % groups
     words = -(-width * (main_bits + res_bits) // 32)
     if rest or width < 1 or words != indices.shape[-1]:
         raise RuntimeError(
@@ -206,7 +206,7 @@ def _dequantize_default(
         view = (-1, 1) if norm_rows else (1, -1)
         scale, offset = weight_scale.float().view(view), weight_bias.float().view(view)
     outlier_book = outlier_columns = None
-    if outlier_indices is not None and outlier_centroids is not None:
+    if shape.outliers and outlier_centroids is not None:
         outlier_book = outlier_centroids.float().view(-1, outlier_vector_dim)
         outlier_columns = (
             torch.arange(shape.outliers, device=device)

@@ -25,7 +25,7 @@ def unsigned_16(stored: Tensor) -> Tensor:
 
 def _columns(index: Tensor, book: Tensor) -> Tensor:
     """Index (blocks, n) of vectors in book (K, v) -> their columns, float32 (blocks * v, n)."""
-    return book.float()[index].transpose(1, 2).reshape(-1, index.shape[1])
+    return book.float()[index].transpose(1, 2).flatten(0, 1)
 
 
 def vptq_dequantize(
