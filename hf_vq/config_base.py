@@ -35,8 +35,8 @@ RECORDED_FIELDS = (
     "base_model",
     "base_model_revision",
     "calibration",
-    "layers",
 )
+"""Recorded by all methods; where the layers are depends on the format."""
 
 
 class VQConfig(QuantizationConfigMixin):
@@ -50,6 +50,11 @@ class VQConfig(QuantizationConfigMixin):
     seed: int
     nsamples: int
     seqlen: int | None
+    calibration_inputs: str = "quantized"
+    """"original": statistics of the unquantized model's activations, block by block."""
+    finetune_steps: int = 0
+    """Of layer-wise fine-tuning, for methods whose codebooks can be trained."""
+    finetune_lr: float | None = None
     method: ClassVar[str] = ""
     rules: ClassVar[dict[str, Rule]] = {}
     layer_fields: ClassVar[frozenset[str]] = frozenset()
@@ -81,6 +86,7 @@ class VQConfig(QuantizationConfigMixin):
         self.dequantize = bool(dequantize)
         self.recorded: dict[str, Any] = {}
         self.unknown: dict[str, Any] = {}
+        self.unstated: frozenset[str] = frozenset()
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -149,19 +155,27 @@ class VQConfig(QuantizationConfigMixin):
 
     # -- what quantization recorded -----------------------------------------------------
 
+    @classmethod
+    def recorded_fields(cls) -> tuple[str, ...]:
+        """Keys of `config.json` that say what was done, not what was asked for."""
+        return (*RECORDED_FIELDS, *FORMATS[cls.method].layer_keys)
+
     @property
-    def layers(self) -> list[dict[str, Any]]:
-        """[{"modules": [names], **fields of their spec}, ...]; empty before quantization."""
-        return self.recorded.get("layers", [])
+    def layers(self) -> Any:
+        """The packed layers in the words of the format; empty before quantization."""
+        return self.recorded.get(FORMATS[self.method].layer_keys[0], [])
 
     @layers.setter
-    def layers(self, value: list[dict[str, Any]]) -> None:
-        self.recorded["layers"] = value
+    def layers(self, value: Any) -> None:
+        first, *others = FORMATS[self.method].layer_keys
+        self.recorded[first] = value
+        for key in others:  # they would add layers to those
+            self.recorded.pop(key, None)
 
     @property
     def is_quantized(self) -> bool:
         """Whether this config describes a packed checkpoint, not a wish."""
-        return bool(self.recorded.get("layers"))
+        return FORMATS[self.method].lists_layers(self.recorded)
 
     # -- copies and JSON ----------------------------------------------------------------
 
@@ -186,7 +200,8 @@ class VQConfig(QuantizationConfigMixin):
         if self.is_quantized:
             out["format_version"] = self.format_version
         for name in (*self.rules, "modules_to_not_convert", "overrides"):
-            out[name] = copy.deepcopy(getattr(self, name))
+            if name not in self.unstated:
+                out[name] = copy.deepcopy(getattr(self, name))
         out.update(copy.deepcopy(self.recorded))
         for name, value in self.unknown.items():
             out.setdefault(name, copy.deepcopy(value))
@@ -203,22 +218,29 @@ class VQConfig(QuantizationConfigMixin):
 
         Keys that this version does not know are kept, and written back, if the dict describes a
         packed checkpoint (a newer writer may have added them); in a dict written by hand they are
-        typing errors and refused. Raises ValueError for a format version with a newer major number.
+        typing errors and refused. Settings that the config of a packed checkpoint does not have
+        stay unknown: they are not written back, and `bits` is None. Raises ValueError for a format
+        version with a newer major number.
         """
         given = {**config_dict, **kwargs}
         method = given.pop("quant_method", cls.method)
         if getattr(method, "value", method) != cls.method:
             raise ValueError(f"{cls.__name__} reads quant_method {cls.method!r}, not {method!r}")
-        recorded = {name: given.pop(name) for name in RECORDED_FIELDS if name in given}
+        recorded = {name: given.pop(name) for name in cls.recorded_fields() if name in given}
         version = recorded.pop("format_version", None)
         if version is not None:
             check_version(version, FORMATS[cls.method].version, cls.method)
         unknown = {}
-        if version is not None or recorded.get("layers"):
-            known = {*cls.rules, *RUNTIME_FIELDS, "modules_to_not_convert", "overrides"}
+        unstated: frozenset[str] = frozenset()
+        if version is not None or FORMATS[cls.method].lists_layers(recorded):
+            settings = {*cls.rules, "modules_to_not_convert", "overrides"}
+            known = {*settings, *RUNTIME_FIELDS}
             unknown = {name: given.pop(name) for name in list(given) if name not in known}
+            unstated = frozenset(settings - given.keys())
         config = cls(**given)
-        config.recorded, config.unknown = recorded, unknown
+        config.recorded, config.unknown, config.unstated = recorded, unknown, unstated
+        if "bits" in unstated:
+            config.bits = None
         return (config, {}) if return_unused_kwargs else config
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -17,11 +17,14 @@ from torch import nn
 from hf_vq.configs import VQConfig
 from hf_vq.formats import FORMATS, FormatError, LayerSpec
 from hf_vq.layers.linear import PackedLinear
+from hf_vq.patterns import matches
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {
+    "torch.int64": "I64",
     "torch.int32": "I32",
+    "torch.int16": "I16",
     "torch.int8": "I8",
     "torch.uint8": "U8",
     "torch.float16": "F16",
@@ -36,106 +39,185 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
-def swap_in_empty(model: nn.Module, config: VQConfig, compute_dtype: Any) -> None:
-    """Replace the linear layers that `config.layers` lists by empty packed ones on the meta device.
+class Layers(NamedTuple):
+    """What a config says about a model: live name -> (spec, has a bias), and names it has not."""
+
+    found: dict[str, tuple[LayerSpec, bool]]
+    absent: list[str]
+
+
+def find_layers(model: nn.Module, config: VQConfig, dtype: str = "float16") -> Layers:
+    """Match the layers that a config lists with the linear layers of a model that is not packed.
 
     Names are matched with and without the model's base prefix, because AutoModel's classes have
-    none. Raises `FormatError` for a layer listed twice, of another kind, or with a bad description.
+    none, and as older versions of Transformers had them. dtype: of codebooks, where neither the
+    config nor a file says. Raises `FormatError` for a layer listed twice, of another kind, or with
+    a bad description.
     """
-    recorded = _recorded(config)
-    live = dict(model.named_modules())
+    known = FORMATS[config.method]
+    recorded = known.read_layers(config.recorded)
+    shared = known.read_shared(config.recorded)
+    if not recorded and not shared:
+        raise FormatError(
+            "config.json has a quantization_config but lists no packed layers in it: it is "
+            f"damaged; {_AGAIN}"
+        )
+    live_name = _Names(model)
+    entries: dict[str, tuple[str, dict[str, Any]]] = {}  # live name -> (name it is listed by, ...)
     absent = []
-    for name, fields in recorded.items():
-        here = _live_name(model, name, live)
+    for name, entry in recorded.items():
+        here = live_name(name)
         if here is None:
             absent.append(name)
+        elif here in entries:
+            raise FormatError(f"{name}: config.json lists it twice, also as {entries[here][0]}")
+        else:
+            entries[here] = name, entry
+    skip = config.modules_to_not_convert or ()
+    for name, module in model.named_modules():
+        entry = shared.get(name.rpartition(".")[2], {})
+        if not entry or name in entries or type(module) is not nn.Linear:
             continue
-        module = live[here]
+        if not any(matches(pattern, name) for pattern in skip):
+            entries[name] = name, entry
+    found = {}
+    for here, (name, entry) in entries.items():
+        module = model.get_submodule(here)
         if type(module) is not nn.Linear:
             raise FormatError(
                 f"{name}: config.json lists it as packed, but in {type(model).__name__} it is a "
                 f"{type(module).__name__}, not a linear layer; the config belongs to another model"
             )
-        spec = FORMATS[config.method].make_spec(
-            module.out_features, module.in_features, fields, name
-        )
-        packed = PackedLinear(spec, module.bias is not None, compute_dtype, device="meta")
-        model.set_submodule(here, packed)
-    if len(absent) == len(recorded):
+        spec = known.make_spec(module.out_features, module.in_features, entry, name, dtype)
+        found[here] = spec, known.has_bias(entry, module.bias is not None)
+    if not found:
         raise FormatError(
-            f"config.json lists {len(recorded)} packed layers (first: {absent[0]}) and "
-            f"{type(model).__name__} has none of them; load it with the class it was saved from"
+            f"config.json lists {len(recorded) or len(shared)} packed layers (first: "
+            f"{next(iter(recorded or shared))}) and {type(model).__name__} has none of them; load "
+            "it with the class it was saved from"
         )
-    if absent:
+    return Layers(found, absent)
+
+
+def swap_in_empty(model: nn.Module, config: VQConfig, compute_dtype: Any) -> None:
+    """Replace the linear layers that a config lists by empty packed ones on the meta device.
+
+    Raises `FormatError` as `find_layers` does.
+    """
+    dtype = str(compute_dtype).removeprefix("torch.") if compute_dtype else "float16"
+    layers = find_layers(model, config, dtype)
+    for name, (spec, bias) in layers.found.items():
+        model.set_submodule(name, PackedLinear(spec, bias, compute_dtype, device="meta"))
+    if layers.absent:
         logger.warning(
             "%s has no %s and %d more of the packed layers in the checkpoint; they are not loaded",
             type(model).__name__,
-            absent[0],
-            len(absent) - 1,
+            layers.absent[0],
+            len(layers.absent) - 1,
         )
 
 
-def _recorded(config: VQConfig) -> dict[str, dict[str, Any]]:
-    out: dict[str, dict[str, Any]] = {}
-    for entry in config.layers:
-        fields = {k: v for k, v in entry.items() if k != "modules"}
-        for name in entry.get("modules", ()):
-            if name in out:
-                raise FormatError(f"{name}: config.json lists it twice under quantization_config")
-            out[name] = fields
-    if not out:
-        raise FormatError(
-            "config.json has a quantization_config but lists no packed layers in it: it is "
-            f"damaged; {_AGAIN}"
-        )
-    return out
+class _Names:
+    """Name of a module in a checkpoint -> its name in a model, or None where there is none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.live = {name for name, _ in model.named_modules()}
+        self.rename: Callable[[str], str] | None = None
+
+    def __call__(self, name: str) -> str | None:
+        return next((c for c in self._candidates(name) if c in self.live), None)
+
+    def _candidates(self, name: str) -> Iterator[str]:
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        yield from (name, name.removeprefix(prefix), prefix + name)
+        if self.rename is None:  # takes a while, and few models need it
+            from transformers.conversion_mapping import get_model_conversion_mapping
+
+            self.rename = renames(self.model, get_model_conversion_mapping(self.model))  # type: ignore[arg-type]
+        yield self.rename(f"{name}.weight").removesuffix(".weight")
 
 
-def _live_name(model: nn.Module, name: str, live: dict[str, nn.Module]) -> str | None:
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in live:
-            return candidate
-    return None
+def renames(model: Any, conversions: list) -> Callable[[str], str]:
+    """key in a file -> name in the model, by Transformers' own rules for this model."""
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+
+    def rename(key: str) -> str:
+        return rename_source_key(key, renamings, converters, prefix, state)[0]
+
+    return rename
 
 
 def verify_files(
     model: nn.Module, files: Iterable[str], rename: Callable[[str], str] = lambda key: key
 ) -> None:
-    """Compare the headers of safetensors files with the packed layers of a model.
+    """Compare the headers of safetensors files with the packed layers of a model on meta.
 
+    Layers whose codebooks have another dtype in the files than they were made with are made again.
     `rename` maps a key in a file to the model's name of that parameter. Raises `FormatError` naming
     layer, file and what to do: for an unreadable or truncated file, a missing or extra tensor, a
     wrong shape or dtype.
     """
     layers = packed_layers(model)
     format_names = {n for layer in layers.values() for n in layer.spec.layout()}
-    found: dict[str, set[str]] = {name: set() for name in layers}
+    dense = {n for n, m in model.named_modules() if type(m) is nn.Linear}
+    found: dict[str, dict[str, _Stored]] = {name: {} for name in layers}
     paths = [f for f in files if f.endswith(".safetensors")]
     if not paths:
         return
     for path in paths:
         where = os.path.basename(path)
         for key, shape, dtype in _header(path):
-            owner, _, leaf = rename(key).rpartition(".")
-            if owner in layers:
-                _check_entry(owner, leaf, shape, dtype, layers[owner], where)
-                found[owner].add(leaf)
-            elif leaf in format_names and owner in _dense_linears(model):
-                raise FormatError(
-                    f"{owner}: {where} holds {leaf!r} for it, but config.json does not list it as "
-                    f"packed; the files belong to different models; {_AGAIN}"
-                )
-    for name, layer in layers.items():
+            for owner, leaf in _splits(rename(key)):
+                if owner in layers:
+                    found[owner][leaf] = _Stored(shape, dtype, where)
+                elif leaf in format_names and owner in dense:
+                    raise FormatError(
+                        f"{owner}: {where} holds {leaf!r} for it, but config.json does not list it "
+                        f"as packed; the files belong to different models; {_AGAIN}"
+                    )
+    for name, stored in found.items():
+        layer = _as_stored(model, name, layers[name], stored)
+        for leaf, entry in stored.items():
+            _check_entry(name, leaf, entry, layer)
         wanted = [*layer.spec.layout(), *(["bias"] if layer.bias is not None else [])]
-        missing = [leaf for leaf in wanted if leaf not in found[name]]
+        missing = [leaf for leaf in wanted if leaf not in stored]
         if missing:
             names = ", ".join(os.path.basename(p) for p in paths)
             raise FormatError(f"{name}: {missing[0]!r} is missing from {names}; {_AGAIN}")
 
 
-def _dense_linears(model: nn.Module) -> set[str]:
-    return {n for n, m in model.named_modules() if type(m) is nn.Linear}
+class _Stored(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    where: str
+
+
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    """Every way to read a parameter's name as a layer and a tensor of it."""
+    for at in (i for i, c in enumerate(key) if c == "."):
+        yield key[:at], key[at + 1 :]
+
+
+def _as_stored(
+    model: nn.Module, name: str, layer: PackedLinear, stored: Mapping[str, _Stored]
+) -> PackedLinear:
+    dtypes = {leaf: entry.dtype for leaf, entry in stored.items()}
+    spec = FORMATS[layer.spec.method].as_stored(layer.spec, dtypes)
+    if spec == layer.spec:
+        return layer
+    layer = PackedLinear(spec, layer.bias is not None, layer.compute_dtype, device="meta")
+    model.set_submodule(name, layer)
+    return layer
 
 
 def _header(path: str) -> list[tuple[str, tuple[int, ...], str]]:
@@ -150,46 +232,64 @@ def _header(path: str) -> list[tuple[str, tuple[int, ...], str]]:
         raise FormatError(f"{path} is no complete safetensors file ({error}); {_AGAIN}") from None
 
 
-def _check_entry(
-    name: str, leaf: str, shape: tuple[int, ...], dtype: str, layer: PackedLinear, where: str
-) -> None:
+def _check_entry(name: str, leaf: str, stored: _Stored, layer: PackedLinear) -> None:
     if leaf == "bias" and layer.bias is not None:
         wanted_shape: tuple[int, ...] = (layer.out_features,)
-        wanted_dtype = dtype  # a bias takes the model's dtype
+        wanted_dtype = stored.dtype  # a bias takes the model's dtype
     elif leaf in layer.spec.layout():
         layout = layer.spec.layout()[leaf]
         wanted_shape, wanted_dtype = layout.shape, _DTYPES[str(layout.dtype)]
     else:
         raise FormatError(
-            f"{name}: {where} holds an extra tensor {leaf!r}, which is no part of a packed layer; "
-            f"{_AGAIN}"
+            f"{name}: {stored.where} holds an extra tensor {leaf!r}, which is no part of a packed "
+            f"layer; {_AGAIN}"
         )
-    if shape != wanted_shape or dtype != wanted_dtype:
+    if stored.shape != wanted_shape or stored.dtype != wanted_dtype:
         raise FormatError(
-            f"{name}: {leaf!r} in {where} has shape {list(shape)} and dtype {dtype}, but "
-            f"config.json describes {list(wanted_shape)} and {wanted_dtype}; the files "
-            f"belong to different models or versions; {_AGAIN}"
+            f"{name}: {leaf!r} in {stored.where} has shape {list(stored.shape)} and dtype "
+            f"{stored.dtype}, but config.json describes {list(wanted_shape)} and {wanted_dtype}; "
+            f"the files belong to different models or versions; {_AGAIN}"
         )
 
 
 def finish(model: nn.Module) -> None:
-    """Check the values that were loaded and freeze them.
+    """Check the values that were loaded, bring old layouts up to date, and freeze everything.
 
     Transformers rebuilds every floating parameter as a trainable one, so codebooks and scales have
     to be frozen afterwards. Raises `FormatError` for values that cannot be decoded.
     """
     for name, layer in packed_layers(model).items():
         tensors = layer.packed()
-        FORMATS[layer.spec.method].check(tensors, layer.spec, name)
+        known = FORMATS[layer.spec.method]
+        known.check(tensors, layer.spec, name)
+        _modernize(model, name, layer)
         for tensor in tensors.values():
             tensor.requires_grad_(False)
 
 
-def layer_entries(layers: dict[str, LayerSpec]) -> list[dict[str, Any]]:
-    """The `layers` field of a config: modules with equal specs share an entry."""
-    entries: dict[str, dict[str, Any]] = {}
-    for name, spec in layers.items():
-        fields = spec.to_dict()
-        entry = entries.setdefault(repr(sorted(fields.items())), {"modules": [], **fields})
-        entry["modules"].append(name)
-    return list(entries.values())
+def _modernize(model: nn.Module, name: str, layer: PackedLinear) -> None:
+    known, tensors = FORMATS[layer.spec.method], layer.packed()
+    if known.is_current(layer.spec):
+        return
+    if any(t.is_meta for t in tensors.values()):
+        raise FormatError(
+            f"{name}: it is stored in an old layout that has to be converted in memory, and the "
+            "device map offloads it; load the model without device_map, save it, and load that"
+        )
+    modern, spec = known.modernize(tensors, layer.spec)
+    bias = None if layer.bias is None else layer.bias.detach()
+    new = PackedLinear.from_packed(spec, modern, bias, layer.compute_dtype, name)
+    new.train(layer.training)
+    if hasattr(layer, "_hf_hook"):  # it moves inputs to the layer's device
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, layer._hf_hook)
+    model.set_submodule(name, new)
+
+
+def describe(model: nn.Module, method: str) -> Any:
+    """The packed layers of a model as the config of `method` lists them."""
+    layers = packed_layers(model)
+    return FORMATS[method].write_layers(
+        {name: (layer.spec, layer.bias is not None) for name, layer in layers.items()}
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.quantizers import HfQuantizer
 from hf_vq import dispatch, loading
 from hf_vq.configs import VQConfig
 from hf_vq.origin import base_model_of
+from hf_vq.registry import get_method
 
 REPORT_NAME = "quantization_report.json"
 
@@ -32,6 +34,14 @@ class VQHfQuantizer(HfQuantizer):
     quantization_config: VQConfig
 
     def __init__(self, quantization_config: VQConfig, **kwargs: Any) -> None:
+        if not isinstance(quantization_config, VQConfig):
+            theirs, method = type(quantization_config), quantization_config.quant_method
+            method = getattr(method, "value", method)
+            ours = f"hf_vq.{get_method(method).config.__name__}"
+            raise ValueError(
+                f"{theirs.__module__.partition('.')[0]}.{theirs.__name__} cannot quantize a model; "
+                f"pass {ours}(...) instead"
+            )
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             # the user's own object stays as it is, and can quantize the next model too
@@ -97,7 +107,7 @@ class VQHfQuantizer(HfQuantizer):
         # 5.17 does not pass the model; both call this after the packed layers are in place
         if self._model is not None:
             loading.verify_files(
-                self._model, self._files, loading_renames(self._model, weight_conversions)
+                self._model, self._files, loading.renames(self._model, weight_conversions)
             )
             self._model = None
         return weight_conversions
@@ -108,6 +118,7 @@ class VQHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return self._quantize(model)
         loading.finish(model)
+        _forget_nested_config(model.config)
         self.report = _read_report(self._files)
         if self.quantization_config.dequantize:
             return self._dequantize(model, self.compute_dtype)
@@ -147,7 +158,9 @@ class VQHfQuantizer(HfQuantizer):
         from accelerate.utils import align_module_device
 
         for name, layer in loading.packed_layers(model).items():
-            with align_module_device(layer):  # brings offloaded tensors back for the moment
+            with ExitStack() as stack:
+                for part in layer.modules():  # brings offloaded tensors back for the moment
+                    stack.enter_context(align_module_device(part))
                 model.set_submodule(name, layer.to_linear(dtype))
         return model
 
@@ -159,9 +172,8 @@ class VQHfQuantizer(HfQuantizer):
         What it returns replaces the caller's own `state_dict`, so that has to be handed through.
         """
         config = self.quantization_config
-        layers = {n: m.spec for n, m in loading.packed_layers(model).items()}
-        config.layers = loading.layer_entries(layers)
-        if not layers:  # everything was merged or dequantized
+        config.layers = loading.describe(model, config.method)
+        if not config.layers:  # everything was merged or dequantized
             model.config.__dict__.pop("quantization_config", None)
             return self.state_dict, {}
         model.config.quantization_config = config
@@ -190,7 +202,6 @@ def record(config: VQConfig, model: Any, samples: torch.Tensor | None, files: li
     from hf_vq import __version__
     from hf_vq.engine.calibration import describe_dataset
 
-    layers = {n: m.spec for n, m in loading.packed_layers(model).items()}
     base, revision = base_model_of(model.name_or_path, files)
     calibration: dict[str, Any] = {"dataset": describe_dataset(config.dataset), "seed": config.seed}
     if samples is not None:
@@ -200,8 +211,8 @@ def record(config: VQConfig, model: Any, samples: torch.Tensor | None, files: li
         "base_model": base,
         "base_model_revision": revision,
         "calibration": calibration,
-        "layers": loading.layer_entries(layers),
     }
+    config.layers = loading.describe(model, config.method)
     # done with; and a model whose config holds a generator could not be pickled
     config.dataset = config.tokenizer = None
 
@@ -222,23 +233,14 @@ def check_sample_size(samples: torch.Tensor | None, plan: Any) -> None:
         )
 
 
-def loading_renames(model: Any, conversions: list) -> Any:
-    """key in a file -> name in the model, by Transformers' own rules for this model."""
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
+def _forget_nested_config(config: Any) -> None:
+    """A multimodal model may keep its quantization_config with its text model: one is enough.
 
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-
-    def rename(key: str) -> str:
-        return rename_source_key(key, renamings, converters, prefix, state)[0]
-
-    return rename
+    Transformers has put it into the model's own config by now, and would save both.
+    """
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        text.__dict__.pop("quantization_config", None)
 
 
 def _refuse_sharded_loading() -> None:

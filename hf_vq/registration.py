@@ -10,6 +10,7 @@ from typing import Any
 import transformers.quantizers.auto as auto
 from transformers.utils import logging
 
+from hf_vq import formats
 from hf_vq.quantizer import VQHfQuantizer
 from hf_vq.registry import METHODS
 
@@ -17,12 +18,21 @@ logger = logging.get_logger(__name__)
 
 
 def register() -> None:
-    """Make Transformers know the methods of `hf_vq.registry`. Calling it again changes nothing."""
+    """Make Transformers know the methods of `hf_vq.registry`. Calling it again changes nothing.
+
+    A method that something else has registered is taken over, Transformers' own "vptq" among them,
+    which loads no real model. HF_VQ_OVERRIDE_VPTQ=0 (and so on) leaves it alone.
+    """
     for name, method in METHODS.items():
         config = method.config
         present = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(name)
         if present is not None and not present.__module__.startswith("hf_vq."):
-            logger.warning("hf_vq replaces %s as the quantization method %r", present, name)
+            if os.environ.get(f"HF_VQ_OVERRIDE_{name.upper()}") == "0":
+                continue
+            # of Transformers' own it is known what is lost
+            expected = present.__module__.startswith("transformers.")
+            say = logger.info if expected else logger.warning
+            say("hf_vq replaces %s as the quantization method %r", present, name)
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = config
         auto.AUTO_QUANTIZER_MAPPING[name] = VQHfQuantizer
         # a closed tuple that is read when a packed model is loaded with a config of its own
@@ -33,6 +43,27 @@ def register() -> None:
         )
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, config)  # type: ignore[assignment]
     _wrap_save_pretrained()
+    _wrap_config_from_dict()
+
+
+def _wrap_config_from_dict() -> None:
+    """Let configs be read that say in an older format's words that their model is packed.
+
+    Transformers looks for `quantization_config` alone: it would take such a model for a dense one
+    and fill it with random weights. Any other config is handed on as it is.
+    """
+    from transformers import PreTrainedConfig
+
+    original = PreTrainedConfig.from_dict.__func__  # type: ignore[attr-defined]
+    if getattr(original, "_hf_vq_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return original(cls, formats.adopt(config_dict), **kwargs)
+
+    from_dict._hf_vq_wrapped = True  # type: ignore[attr-defined]
+    PreTrainedConfig.from_dict = classmethod(from_dict)  # type: ignore[method-assign,assignment]
 
 
 def _wrap_save_pretrained() -> None:

@@ -66,6 +66,14 @@ METHODS: dict[str, Method] = {
             "hf_vq.methods.gptvq:quantize",
             "hf_vq.methods.gptvq:GPTVQOptions",
         ),
+        Method(
+            "vptq",
+            "hf_vq.configs:VPTQConfig",
+            "hf_vq.formats.vptq:VPTQSpec",
+            "hf_vq.methods.vptq_spec:choose_spec",
+            "hf_vq.methods.vptq:quantize",
+            "hf_vq.methods.vptq:VPTQOptions",
+        ),
     )
 }
 

@@ -57,7 +57,7 @@ class PowerOfTwo:
         if value is None and self.optional:
             return None
         if isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value // 1:
-            number = int(value)
+            number = int(value)  # type: ignore[call-overload]
             power = self.low <= number <= self.high and number & (number - 1) == 0
             if power or number in self.also:
                 return number

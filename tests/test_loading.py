@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from hf_vq.configs import GPTVQConfig
 from hf_vq.formats import FORMATS, FormatError
 from hf_vq.formats.gptvq import GPTVQSpec
+from hf_vq.formats.layer_list import write_layers
 from hf_vq.layers.linear import PackedLinear
-from hf_vq.loading import layer_entries
 from tests.helpers import random_gptvq
 from tests.models import packed
 
@@ -185,7 +185,7 @@ def test_index_beyond_its_codebook(tmp_path):
 def test_layer_entries_share_specs():
     small, large = GPTVQSpec(4, 8, 2, 4, 4, 8), GPTVQSpec(40, 8, 2, 4, 4, 8)
     other = GPTVQSpec(4, 8, 2, 4, 2, 8)
-    entries = layer_entries({"a": small, "b": other, "c": large})
+    entries = write_layers({"a": (small, False), "b": (other, True), "c": (large, True)})
     assert [e["modules"] for e in entries] == [["a", "c"], ["b"]]
     assert entries[1]["group_rows"] == 2
     config = GPTVQConfig()

@@ -59,7 +59,7 @@ def test_power_of_two():
     for bad in (1, 3, 131072, -2, 2.5, True, "16", float("nan"), float("inf")):
         with pytest.raises(ValueError, match="power of two from 2 to 65536 or 0 or None"):
             rule.check("k", bad)
-    with pytest.raises(ValueError, match="from 2 to 16$"):
+    with pytest.raises(ValueError, match=r"from 2 to 16$"):
         PowerOfTwo(2, 16).check("k", None)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_vq.configs import RECORDED_FIELDS
+from hf_vq.formats import packed_settings
 from hf_vq.hub.checkpoint import REPORT_NAME
 from hf_vq.registry import get_method
 
@@ -45,8 +45,8 @@ def render_card(
     Raises:
         ValueError: `model_config` describes no model packed by hf_vq.
     """
-    stored = model_config.get("quantization_config")
-    if not stored or not stored.get("layers"):
+    stored = packed_settings(model_config)
+    if stored is None:
         raise ValueError(
             "the config describes no packed model, so there is no card to write for it"
         )
@@ -86,8 +86,7 @@ def write_card(folder: str | Path, *, unless_in: str | Path | None = None) -> bo
     """
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored = config.get("quantization_config")
-    if not stored or not stored.get("layers"):
+    if packed_settings(config) is None:
         return False
     if any(_is_edited(Path(place) / CARD_NAME) for place in (folder, unless_in) if place):
         return False
@@ -179,8 +178,9 @@ def _protocol(evaluation: dict[str, Any] | None) -> str:
 def _settings(stored: dict[str, Any]) -> list[tuple[str, str]]:
     """What was asked for, without what follows from it and without fields left to the library."""
     rows: list[tuple[str, str]] = []
+    recorded = get_method(stored["quant_method"]).config.recorded_fields()  # type: ignore[attr-defined]
     for name, value in stored.items():
-        if name in RECORDED_FIELDS or name == "quant_method" or value in (None, {}, []):
+        if name in recorded or name == "quant_method" or value in (None, {}, []):
             continue
         rows.append((name, f"`{_escape(value)}`"))
     for name, value in (stored.get("calibration") or {}).items():

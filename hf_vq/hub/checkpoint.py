@@ -6,6 +6,7 @@ and the header, JSON that gives every tensor's dtype, shape and place.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_vq.formats import FORMATS
+from hf_vq import loading
+from hf_vq.formats import FORMATS, packed_settings
 from hf_vq.quantizer import REPORT_NAME
 from hf_vq.registry import get_method
 
@@ -103,15 +105,15 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         ValueError: the folder holds no packed model, or its files and its config disagree.
         OSError: a file is missing or cannot be read.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = dict(config.get("quantization_config") or {})
-    groups = settings.pop("layers", None)
-    if not groups:
+    settings = packed_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    if settings is None:
         raise ValueError(
             f"{folder} holds no model packed by hf_vq: its config lists no packed layers"
         )
-    method = get_method(str(settings.get("quant_method")))
+    method = get_method(settings["quant_method"])
     files = _weight_files(folder)
     stored: dict[str, StoredTensor] = {}
     for file in files:
@@ -119,34 +121,38 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     report_file = folder / REPORT_NAME
     report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else None
     measured = {row["name"]: row for row in _report_rows(report)}
-    shapes = _linear_shapes(folder)
+    model = _architecture(folder)
+    layers = loading.find_layers(model, method.config.from_dict(copy.deepcopy(settings)))  # type: ignore[attr-defined]
+    if layers.absent:
+        raise ValueError(
+            f"{layers.absent[0]} is listed as packed, but the architecture has no such layer"
+        )
+    rename = loading.renames(model, get_model_conversion_mapping(model))
+    keys = {rename(key): key for key in stored}  # the model's names -> the files' names
     matrices, dense = [], dict(stored)
-    for group in groups:
-        fields = {k: v for k, v in group.items() if k != "modules"}
-        for name in group["modules"]:
-            if name not in shapes:
+    for name, (spec, _) in layers.found.items():
+        parts = {part: keys.get(f"{name}.{part}", "") for part in spec.layout()}
+        dtypes = {part: stored[key].dtype for part, key in parts.items() if key}
+        spec = FORMATS[method.name].as_stored(spec, dtypes)
+        nbytes = 0
+        for part, layout in spec.layout().items():
+            tensor = dense.pop(parts[part], None)
+            if tensor is None or tensor.shape != layout.shape:
+                found = "is missing" if tensor is None else f"has shape {tensor.shape}"
                 raise ValueError(
-                    f"{name} is listed as packed, but the architecture has no such layer"
+                    f"{name}.{part} {found}, its config asks for {layout.shape}: the files of "
+                    f"{folder} are incomplete or damaged; quantize or download it again"
                 )
-            spec = FORMATS[method.name].make_spec(*shapes[name], fields, name)
-            nbytes = 0
-            for part, layout in spec.layout().items():
-                tensor = dense.pop(f"{name}.{part}", None)
-                if tensor is None or tensor.shape != layout.shape:
-                    found = "is missing" if tensor is None else f"has shape {tensor.shape}"
-                    raise ValueError(
-                        f"{name}.{part} {found}, its config asks for {layout.shape}: the files of "
-                        f"{folder} are incomplete or damaged; quantize or download it again"
-                    )
-                nbytes += tensor.nbytes
-            row = measured.get(name, {})
-            matrices.append(
-                PackedMatrix(
-                    name, *shapes[name], nbytes, row.get("relative_error"), row.get("seconds")
-                )
-            )
-    order = {name: i for i, name in enumerate(shapes)}
+            nbytes += tensor.nbytes
+        row = measured.get(name, {})
+        shape = (spec.out_features, spec.in_features)
+        matrices.append(
+            PackedMatrix(name, *shape, nbytes, row.get("relative_error"), row.get("seconds"))
+        )
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     matrices.sort(key=lambda m: order[m.name])
+    for key in FORMATS[method.name].layer_keys:
+        settings.pop(key, None)
     return Checkpoint(
         method=method.name,
         settings=settings,
@@ -183,6 +189,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors in the safetensors files of `folder`; empty where there are no such files."""
+    stored: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        if file.is_file():
+            stored.update(read_header(file))
+    return stored
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -195,17 +210,15 @@ def _report_rows(report: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [] if report is None else report.get("matrices", [])
 
 
-def _linear_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear layer, from the architecture on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _architecture(folder: Path) -> Any:
+    """The dense model that was packed, on the meta device."""
+    import transformers
 
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # only the shapes of the original are wanted
+    config = transformers.AutoConfig.from_pretrained(folder)
+    for place in (config, config.get_text_config(decoder=True)):
+        place.__dict__.pop("quantization_config", None)  # only the original is wanted
+    saved_from = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
+        if saved_from is not None:
+            return saved_from(config)
+        return transformers.AutoModelForCausalLM.from_config(config)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from hf_vq.cli.options import field_help, with_config_options
-from hf_vq.configs import GPTVQConfig
+from hf_vq.configs import GPTVQConfig, VPTQConfig
 from hf_vq.rules import Choice, Flag, Number
 
 runner = CliRunner()
@@ -37,23 +37,30 @@ def test_unset_options_are_not_passed():
     assert parse() == {"name": "x"}
 
 
-def test_every_field_of_the_config_is_an_option():
+CONFIGS = [GPTVQConfig, VPTQConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_field_of_the_config_is_an_option(config):
     options = {name for p in typer.main.get_command(app).params for name in p.opts}
-    assert {f"--{name.replace('_', '-')}" for name in GPTVQConfig.rules} <= options
+    assert {f"--{name.replace('_', '-')}" for name in config.rules} <= options
     assert runner.invoke(app, ["--help"]).exit_code == 0
 
 
-def test_every_option_has_its_help_from_the_docstring():
-    texts = field_help(GPTVQConfig)
-    assert set(GPTVQConfig.rules) <= set(texts)
-    assert all(texts[name] for name in GPTVQConfig.rules)
-    parameters = inspect.signature(GPTVQConfig.__init__).parameters
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_option_has_its_help_from_the_docstring(config):
+    texts = field_help(config)
+    assert set(config.rules) <= set(texts)
+    assert all(texts[name] for name in config.rules)
+    parameters = inspect.signature(config.__init__).parameters
     assert set(texts) == set(parameters) - {"self", "unknown"}
 
 
-@pytest.mark.parametrize("name", list(GPTVQConfig.rules))
-def test_values_arrive_as_the_config_takes_them(name):
-    rule = GPTVQConfig.rules[name]
+@pytest.mark.parametrize(
+    ("config", "name"), [(config, name) for config in CONFIGS for name in config.rules]
+)
+def test_values_arrive_as_the_config_takes_them(config, name):
+    rule = config.rules[name]
     flag = f"--{name.replace('_', '-')}"
     if isinstance(rule, Flag):
         assert parse(flag)[name] is True
@@ -65,7 +72,7 @@ def test_values_arrive_as_the_config_takes_them(name):
         assert got == value
         if isinstance(rule, Number) and rule.integer:
             assert isinstance(got, int)
-    if rule.optional:
+    if rule.optional and "none" not in values:
         assert parse(flag, "none")[name] is None
 
 
@@ -80,7 +87,22 @@ def test_any_text_is_a_value_or_a_usage_error(text):
     assert result.exit_code == (0 if valid else 2), result.output
 
 
-def test_the_range_is_in_the_message():
-    result = runner.invoke(app, ["--vector-dim", "3"], terminal_width=200)
+def message(*arguments: str) -> str:
+    """Of a usage error, on one line."""
+    result = runner.invoke(app, list(arguments), terminal_width=200)
     assert result.exit_code == 2
-    assert "1, 2, 4, 8" in " ".join(result.output.split())
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_range_is_in_the_message():
+    assert "scale_block=4 must be an integer from 8 to 256" in message("--scale-block", "4")
+
+
+def test_methods_with_a_field_of_one_name_each_say_their_range():
+    text = message("--vector-dim", "17")
+    assert "gptvq: vector_dim=17 must be one of 1, 2, 4, 8 or None" in text
+    assert "vptq: vector_dim=17 must be an integer from 2 to 16 or None" in text
+    # what one of them takes is left to the config of the one that is chosen
+    assert parse("--vector-dim", "1") == {"name": "x", "vector_dim": 1}
+    assert parse("--vector-dim", "6") == {"name": "x", "vector_dim": 6}
+    assert message("--bits", "9").count("from 1 to 8") == 1
