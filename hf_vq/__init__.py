@@ -17,6 +17,7 @@ __all__ = [
     "VPTQConfig",
     "__version__",
     "make_plan",
+    "plan_model",
     "register",
 ]
 
@@ -25,9 +26,11 @@ _LAZY = {
     "PackedLinear": "hf_vq.layers.linear",
     "Plan": "hf_vq.plan",
     "make_plan": "hf_vq.plan",
+    "plan_model": "hf_vq.hub.planning",
 }
 
 if TYPE_CHECKING:
+    from hf_vq.hub.planning import plan_model
     from hf_vq.layers.linear import PackedLinear
     from hf_vq.plan import Plan, make_plan
 

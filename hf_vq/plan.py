@@ -79,12 +79,14 @@ class Plan:
 
     layers: module name -> spec, in execution order of the model's definition.
     dense: parameter or module name -> why it is left as it is.
+    checked: whether shapes were compared with those of the weight files (`plan_model`).
     """
 
     layers: dict[str, LayerSpec]
     dense: dict[str, str]
     _rows: list[LedgerRow] = field(repr=False)
     _other: tuple[int, int] = field(repr=False)  # parameters and bytes outside of the rows
+    checked: bool = False
 
     def ledger(self) -> Ledger:
         """The exact size of every matrix and of the model."""
@@ -141,6 +143,8 @@ def make_plan(model: nn.Module, config: VQConfig) -> Plan:
         else:
             dense[label] = reason
         rows.append(LedgerRow(label, tuple(param.shape), param.numel(), size, cost, bits, reason))
+    stored = model.state_dict(keep_vars=True).keys()  # some buffers are, most are not
+    other[1] += sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n in stored)
     if not layers:
         why = "; ".join(f"{n}: {r}" for n, r in list(dense.items())[:5]) or "it has no matrices"
         raise PlanError(f"nothing to quantize in {type(model).__name__} ({why})")

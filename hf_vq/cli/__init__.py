@@ -9,6 +9,7 @@ import typer
 from hf_vq import __version__
 from hf_vq.cli.evaluate import evaluate as evaluate_command
 from hf_vq.cli.inspect import inspect as inspect_command
+from hf_vq.cli.plan import plan as plan_command
 from hf_vq.cli.quantize import quantize as quantize_command
 from hf_vq.cli.run import run as run_command
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize_command)
+app.command("plan")(plan_command)
 app.command("eval")(evaluate_command)
 app.command("inspect")(inspect_command)
 app.command(

@@ -8,6 +8,7 @@ options that are not given are not passed on.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -110,6 +111,28 @@ def with_config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
+
+
+def config_class(method: str, fields: dict[str, Any]) -> type:
+    """The config of `method`; raises typer.BadParameter if it has not all the `fields` given."""
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        raise typer.BadParameter(f"{method!r} is not one of {known}", param_hint="--method")
+    config = METHODS[method].config
+    foreign = sorted(fields.keys() - config.rules.keys())  # type: ignore[attr-defined]
+    if foreign:
+        raise typer.BadParameter(f"{method} has no field {foreign[0]}", param_hint="--method")
+    return config
+
+
+def parse_overrides(text: str | None) -> Any:
+    """JSON of the option --overrides."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"no valid JSON: {error}", param_hint="--overrides") from None
 
 
 def _parameter(name: str, rules: dict[str, Rule]) -> inspect.Parameter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from hf_vq.cli.common import (
     one_line_errors,
     stderr,
 )
-from hf_vq.cli.options import with_config_options
+from hf_vq.cli.options import config_class, parse_overrides, with_config_options
 from hf_vq.registry import METHODS
 
 
@@ -56,25 +55,19 @@ def quantize(
     fields: dict[str, Any],
 ) -> None:
     """Quantize MODEL and save it to OUT, with its tokenizer."""
-    if method not in METHODS:
-        known = ", ".join(METHODS)
-        raise typer.BadParameter(f"{method!r} is not one of {known}", param_hint="--method")
-    config_class = METHODS[method].config
-    foreign = sorted(fields.keys() - config_class.rules.keys())  # type: ignore[attr-defined]
-    if foreign:
-        raise typer.BadParameter(f"{method} has no field {foreign[0]}", param_hint="--method")
+    make_config = config_class(method, fields)
     check_model(model)
     check_output_folder(out, model)
     where = {} if revision is None else {"revision": revision}
     text_tools = load_tokenizer(tokenizer or model, **({} if tokenizer else where))
     if tokenizer is not None and text_tools is None:
         raise OSError(f"there is no tokenizer at {tokenizer}")
-    config = config_class(
+    config = make_config(
         **fields,
         dataset=dataset,
         tokenizer=text_tools,
         modules_to_not_convert=modules_to_not_convert or None,
-        overrides=_json(overrides),
+        overrides=parse_overrides(overrides),
         calibration_device=calibration_device,
     )
 
@@ -89,12 +82,3 @@ def quantize(
     else:
         text_tools.save_pretrained(out)
     print(f"saved {out}; next: hf-vq inspect {out}")
-
-
-def _json(text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"no valid JSON: {error}", param_hint="--overrides") from None

@@ -239,18 +239,22 @@ def _orders(columns: int, outliers: int, free: bool, overrides: dict[str, Any]) 
 
 
 def _index_bits(vectors: int, free: bool, overrides: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    """Bits of main and residual indices, for codebooks of `vectors` vectors each."""
+    """Bits of main and residual indices, for codebooks of `vectors` vectors each.
+
+    The residual codebook is no larger than the main one: the format's reference decoder could not
+    read it.
+    """
     if "num_centroids" in overrides:
         mains = [_log2("num_centroids", overrides)]
     else:
         mains = _sizes(vectors, MAX_INDEX_BITS) or [1]
     for main in mains:
         if overrides.get("num_res_centroids"):
-            sizes = [_log2("num_res_centroids", overrides)]
+            res = _log2("num_res_centroids", overrides)
+            sizes = [res] if res <= main or "num_centroids" in overrides else []
         elif "num_res_centroids" in overrides or not free:
             sizes = [0]
         else:
-            # no larger than the main codebook: the format's reference decoder cannot read it
             sizes = [0, *_sizes(vectors, main)]
         yield from ((main, res) for res in sizes if main + res <= 2 * MAX_INDEX_BITS)
 
