@@ -130,7 +130,14 @@ class PackedLinear(nn.Linear):
         return attrgetter(next(iter(self.spec.layout())))(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features), in the dtype of `input` (or of autocast)."""
+        """(..., in_features) -> (..., out_features), in the dtype of `input` (or of autocast).
+
+        Raises RuntimeError, as `nn.Linear` does, for an input of another width.
+        """
+        if input.shape[-1] != self.in_features:  # not every operator can tell
+            raise RuntimeError(
+                f"input of shape {tuple(input.shape)} for a layer of {self.in_features} columns"
+            )
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 
 import pytest
 import torch
 from helpers import ODD_SPECS, random_gptvq
+from helpers_vptq import ODD_VPTQ, random_vptq
 from torch import nn
 
-from hf_vq.formats import FORMATS, FormatError
-from hf_vq.formats.gptvq import GPTVQSpec, pack
+from hf_vq.formats import FORMATS, FormatError, LayerSpec
+from hf_vq.formats.gptvq import GPTVQSpec
 from hf_vq.layers import PackedLinear
 from hf_vq.layers.operators import OPERATORS
 
 LOG = ODD_SPECS["2d-int8-log"]
 SVD = ODD_SPECS["1d-svd-float16-log"]
+VPTQ = ODD_VPTQ["outliers"]
+ALL: dict[str, LayerSpec] = {**ODD_SPECS, **ODD_VPTQ}
+CODES = {"gptvq": random_gptvq, "vptq": random_vptq}
+
+each_kind = pytest.mark.parametrize("spec", [LOG, SVD, VPTQ], ids=["int8", "svd", "vptq"])
 
 
-def layer(spec: GPTVQSpec, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
+def layer(spec: LayerSpec, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
     values = torch.linspace(-1, 1, spec.out_features).to(dtype) if bias else None
-    return PackedLinear.from_packed(spec, pack(random_gptvq(spec), spec), values, dtype)
+    tensors = FORMATS[spec.method].pack(CODES[spec.method](spec), spec)
+    return PackedLinear.from_packed(spec, tensors, values, dtype)
 
 
 def dtypes(module: PackedLinear) -> dict[str, torch.dtype]:
@@ -33,10 +41,10 @@ def test_every_format_has_an_operator() -> None:
     assert OPERATORS.keys() == FORMATS.keys()
 
 
-@pytest.mark.parametrize("name", ODD_SPECS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("bias", [True, False])
 def test_computes_like_its_dense_twin(name: str, bias: bool) -> None:
-    packed = layer(ODD_SPECS[name], bias)
+    packed = layer(ALL[name], bias)
     dense = packed.to_linear()
     assert type(dense) is nn.Linear and (dense.bias is not None) == bias
     x = torch.randn(2, 3, packed.in_features)
@@ -46,26 +54,32 @@ def test_computes_like_its_dense_twin(name: str, bias: bool) -> None:
         assert torch.equal(packed.to_linear(dtype).weight, packed.dequantize(dtype))
 
 
-def test_is_an_honest_linear() -> None:
-    packed = layer(LOG)
+@each_kind
+def test_is_an_honest_linear(spec: LayerSpec) -> None:
+    packed = layer(spec)
     assert isinstance(packed, nn.Linear) and packed.weight is None
     assert "weight" not in packed.state_dict()
     with pytest.raises(AttributeError):
         packed.weight.data += 1
     assert packed.qweight is packed.indices
-    assert list(packed.state_dict()) == [*LOG.layout(), "bias"]
+    assert sorted(packed.state_dict()) == sorted([*spec.layout(), "bias"])
+    assert list(packed.packed()) == list(spec.layout())
     assert not any(p.requires_grad for p in packed.packed().values())
-    assert "method=gptvq, bits=" in repr(packed) and f"{LOG.bits_per_weight:.3f}" in repr(packed)
+    assert f"method={spec.method}, bits={spec.bits_per_weight:.3f}" in repr(packed)
 
 
-def test_new_layer_decodes_to_zeros_and_takes_a_state_dict() -> None:
-    full, empty = layer(LOG), PackedLinear(LOG, bias=True, compute_dtype=torch.float32)
+@each_kind
+def test_new_layer_decodes_to_zeros_and_takes_a_state_dict(spec: LayerSpec) -> None:
+    full, empty = layer(spec), PackedLinear(spec, bias=True, compute_dtype=torch.float32)
     assert not empty.dequantize().any()
     empty.load_state_dict(full.state_dict())
-    x = torch.randn(4, LOG.in_features)
+    x = torch.randn(4, spec.in_features)
     assert torch.equal(empty(x), full(x))
     empty.reset_parameters()
     assert not empty(x).any()
+    for module in full.modules():  # as libraries do that materialize a model from meta
+        module.reset_parameters()
+    assert not any(p.any() for p in full.parameters())
 
 
 def test_default_dtype_is_torchs() -> None:
@@ -83,10 +97,45 @@ def test_from_packed_refuses_what_check_refuses() -> None:
         PackedLinear.from_packed(LOG, tensors, torch.zeros(3), where="up_proj")
 
 
+def test_names_with_a_dot_are_child_modules() -> None:
+    packed = layer(VPTQ)
+    assert {"centroids.weight", "res_centroids.weight"} < set(packed.state_dict())
+    for name in ("centroids", "res_centroids", "outlier_centroids"):
+        table = getattr(packed, name)
+        assert table() is table.weight is packed.packed()[f"{name}.weight"]
+        assert not isinstance(
+            table, (nn.Linear, nn.Embedding)
+        )  # whose weights libraries initialise
+        assert f"({name}): PackedTable((" in repr(packed)
+
+
+def test_hooks_of_child_modules_decide_what_is_computed() -> None:
+    packed = layer(VPTQ)
+    x = torch.randn(2, VPTQ.in_features)
+    before = packed(x)
+    doubled = packed.centroids.register_forward_hook(lambda m, args, out: 2 * out)
+    changed = packed(x)
+    doubled.remove()
+    assert not torch.equal(changed, before) and torch.equal(packed(x), before)
+
+
+def test_unpacked_storages_are_not_computed_with() -> None:
+    spec = dataclasses.replace(VPTQ, storage="int16")
+    with pytest.raises(ValueError, match=r"not 'int16': store .*vptq\.modernize"):
+        layer(spec)(torch.randn(2, spec.in_features))
+
+
+@each_kind
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_input_of_another_width_is_refused(spec: LayerSpec, difference: int) -> None:
+    with pytest.raises(RuntimeError, match="columns"):
+        layer(spec)(torch.randn(2, spec.in_features + difference))
+
+
 # ---------------------------------------------------------------------------------- casts and moves
 
 
-@pytest.mark.parametrize("spec", [LOG, SVD], ids=["int8", "svd"])
+@each_kind
 @pytest.mark.parametrize(
     "cast",
     [
@@ -96,9 +145,10 @@ def test_from_packed_refuses_what_check_refuses() -> None:
         lambda m: m.to("cpu", torch.float16),
         lambda m: nn.Sequential(m).to(torch.bfloat16)[0],
         lambda m: m.type(torch.float16),
+        lambda m: [child.to(torch.bfloat16) for child in m.modules()],
     ],
 )
-def test_casts_leave_packed_tensors_alone(spec: GPTVQSpec, cast) -> None:
+def test_casts_leave_packed_tensors_alone(spec: LayerSpec, cast) -> None:
     packed = layer(spec)
     before = {name: tensor.clone() for name, tensor in packed.packed().items()}
     cast(packed)
@@ -113,31 +163,39 @@ def test_compute_dtype_follows_without_a_bias() -> None:
     assert layer(LOG, bias=False, dtype=torch.bfloat16).to("cpu").compute_dtype == torch.bfloat16
 
 
-def test_meta_and_to_empty() -> None:
-    meta = PackedLinear(SVD, bias=True, compute_dtype=torch.bfloat16, device="meta")
+@each_kind
+def test_meta_and_to_empty(spec: LayerSpec) -> None:
+    meta = PackedLinear(spec, bias=True, compute_dtype=torch.bfloat16, device="meta")
     assert all(p.is_meta for p in meta.parameters())
-    expected = dtypes(layer(SVD))
+    expected = dtypes(layer(spec))
     assert dtypes(meta) == expected
-    moved = layer(SVD).to("meta")
+    moved = layer(spec).to("meta")
     assert all(p.is_meta for p in moved.parameters()) and dtypes(moved) == expected
     empty = meta.to_empty(device="cpu")
     assert not any(p.is_meta for p in empty.parameters()) and dtypes(empty) == expected
-    empty.load_state_dict(layer(SVD).state_dict())
-    assert torch.equal(empty.dequantize(), layer(SVD).dequantize(torch.bfloat16))
+    empty.load_state_dict(layer(spec).state_dict())
+    assert torch.equal(empty.dequantize(), layer(spec).dequantize(torch.bfloat16))
 
 
-def test_trained_codebooks_keep_dtype_and_gradient() -> None:
-    packed = layer(SVD)
-    packed.codebook_basis.requires_grad_()
-    packed(torch.randn(3, SVD.in_features)).sum().backward()
-    assert packed.codebook_basis.grad.abs().sum() > 0
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [(SVD, "codebook_basis"), (VPTQ, "weight_scale")]
+    + [(VPTQ, f"{kind}centroids.weight") for kind in ("", "res_", "outlier_")],
+)
+def test_trained_codebooks_keep_dtype_and_gradient(spec: LayerSpec, name: str) -> None:
+    packed = layer(spec)
+    packed.get_parameter(name).requires_grad_()
+    packed(torch.randn(3, spec.in_features)).sum().backward()
+    assert packed.get_parameter(name).grad.abs().sum() > 0
     packed.bfloat16()
-    assert packed.codebook_basis.grad.dtype == packed.codebook_basis.dtype == torch.float16
+    trained = packed.get_parameter(name)
+    assert trained.grad.dtype == trained.dtype == torch.float16
 
 
-def test_gradient_reaches_the_input() -> None:
-    packed = layer(LOG)
-    x = torch.randn(5, LOG.in_features, requires_grad=True)
+@each_kind
+def test_gradient_reaches_the_input(spec: LayerSpec) -> None:
+    packed = layer(spec)
+    x = torch.randn(5, spec.in_features, requires_grad=True)
     twin = x.detach().clone().requires_grad_()
     packed(x).square().sum().backward()
     packed.to_linear()(twin).square().sum().backward()
@@ -155,9 +213,10 @@ def test_autocast() -> None:
     torch.testing.assert_close(y, dense, rtol=2e-2, atol=5e-2)
 
 
-def test_copies() -> None:
-    packed = layer(LOG)
-    x = torch.randn(3, LOG.in_features)
+@each_kind
+def test_copies(spec: LayerSpec) -> None:
+    packed = layer(spec)
+    x = torch.randn(3, spec.in_features)
     buffer = io.BytesIO()
     torch.save(packed, buffer)
     buffer.seek(0)
@@ -167,29 +226,45 @@ def test_copies() -> None:
         torch.load(buffer, weights_only=False),
     ):
         assert twin.spec == packed.spec and torch.equal(twin(x), packed(x))
-        twin.indices.zero_()
-        assert packed.indices.any()
-    assert packed.to("cpu").share_memory()(x).shape == (3, 30)
+        for tensor in twin.packed().values():
+            tensor.zero_()
+        assert all(tensor.any() for tensor in packed.packed().values())
+    assert packed.to("cpu").share_memory()(x).shape == (3, spec.out_features)
 
 
-def test_compiles_without_a_graph_break() -> None:
-    packed = nn.Sequential(layer(LOG), nn.SiLU(), layer(GPTVQSpec(17, 30, 4, 8, 3, 12, "float16")))
-    packed[2].codebooks.requires_grad_()
-    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
-    results = []
-    for module in (packed, compiled):
-        x = torch.linspace(-1, 1, 4 * 172).view(4, 172).requires_grad_()
-        y = module(x)
-        y.sum().backward()
-        results.append((y, x.grad, packed[2].codebooks.grad))
-        packed.zero_grad()
-    for eager, other in zip(*results, strict=True):
-        torch.testing.assert_close(eager, other, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("first", "second", "trained"),
+    [
+        (LOG, GPTVQSpec(17, 30, 4, 8, 3, 12, "float16"), "codebooks"),
+        (VPTQ, ODD_VPTQ["groups"], "res_centroids.weight"),
+    ],
+    ids=["gptvq", "vptq"],
+)
+def test_compiles_without_a_graph_break(
+    first: LayerSpec, second: LayerSpec, trained: str, dynamic: bool | None
+) -> None:
+    between = nn.Linear(first.out_features, second.in_features)
+    packed = nn.Sequential(layer(first), nn.SiLU(), between, layer(second))
+    codebooks = packed[3].get_parameter(trained).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (4, 7):
+        results = []
+        for module in (packed, compiled):
+            x = torch.linspace(-1, 1, rows * first.in_features).view(rows, -1).requires_grad_()
+            y = module(x)
+            y.sum().backward()
+            results.append((y, x.grad, codebooks.grad))
+            packed.zero_grad()
+        for eager, other in zip(*results, strict=True):
+            torch.testing.assert_close(eager, other, rtol=1e-5, atol=1e-5)
 
 
-def test_inductor_output_is_equal() -> None:
-    packed = layer(LOG).requires_grad_(False)
-    x = torch.randn(2, 172)
+@each_kind
+def test_inductor_output_is_equal(spec: LayerSpec) -> None:
+    packed = layer(spec).requires_grad_(False)
+    x = torch.randn(2, spec.in_features)
     compiled = torch.compile(packed, fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(x), packed(x))
