@@ -154,9 +154,11 @@ class VQHfQuantizer(HfQuantizer):
         dispatch.dispatch(model, self._device_map, config.max_memory, config.offload_folder)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         from accelerate.utils import align_module_device
 
+        if isinstance(dtype, str):  # what saving a model leaves in its config
+            dtype = getattr(torch, dtype)
         for name, layer in loading.packed_layers(model).items():
             with ExitStack() as stack:
                 for part in layer.modules():  # brings offloaded tensors back for the moment

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_vq.formats import packed_settings
-from hf_vq.hub.checkpoint import REPORT_NAME
+from hf_vq.hub.checkpoint import REPORT_NAME, read_checkpoint
 from hf_vq.registry import get_method
 
 CARD_NAME = "README.md"
@@ -91,9 +91,20 @@ def write_card(folder: str | Path, *, unless_in: str | Path | None = None) -> bo
     if any(_is_edited(Path(place) / CARD_NAME) for place in (folder, unless_in) if place):
         return False
     report = folder / REPORT_NAME
-    figures = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
+    figures = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else _sizes(folder)
     (folder / CARD_NAME).write_text(render_card(config, figures), encoding="utf-8")
     return True
+
+
+def _sizes(folder: Path) -> dict[str, Any] | None:
+    """The sizes that a report would have, of a model that was packed elsewhere."""
+    try:
+        checkpoint = read_checkpoint(folder)
+    except (OSError, ValueError):  # no safetensors, or an architecture from elsewhere
+        return None
+    size = checkpoint.packed_bytes + checkpoint.dense_bytes
+    bits = {"decoder_bits": checkpoint.packed_bits, "model_bits": checkpoint.model_bits}
+    return {"ledger": {**bits, "model_bytes": size}}
 
 
 def _is_edited(card: Path) -> bool:
