@@ -216,7 +216,7 @@ class BlockPath:
             out = self.block(hidden.to(self.device), *args, **kwargs)
         except StopForward:
             return None
-        return _first(out)
+        return first_output(out)
 
     def replay(self, names: set[str]) -> None:
         """Let these children's outputs be kept, from when they are named in `recording`."""
@@ -280,7 +280,7 @@ class BlockPath:
                     alike.add(name)
                 if name not in holding:
                     return
-                first = _first(out)
+                first = first_output(out)
                 others = None if isinstance(out, torch.Tensor) else out[1:]
                 tail = outputs.get(first.data_ptr())
                 if tail and tail.startswith(f"{name}.") and all(o is None for o in others or ()):
@@ -307,7 +307,8 @@ class BlockPath:
         return Layout(ordered, tails, once & holding, (once & alike) - holding, list(runs))
 
 
-def _first(out: Any) -> torch.Tensor:
+def first_output(out: Any) -> torch.Tensor:
+    """The hidden states that a block or a child returns, alone or in front of other things."""
     return out if isinstance(out, torch.Tensor) else out[0]
 
 

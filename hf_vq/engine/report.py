@@ -41,6 +41,7 @@ class Reporter:
         self._seconds = 0.0
         self._total_weights = 0
         self._matrices: list[dict[str, Any]] = []
+        self._tuned: list[dict[str, Any]] = []
         self._notes: list[str] = []
 
     def start(self, total_matrices: int, total_weights: int) -> None:
@@ -94,6 +95,11 @@ class Reporter:
             done = len(self._matrices)
             self._progress.update(self._task, advance=spec.num_weights, done=done)
 
+    def tuned(self, name: str, ratio: float, seconds: float) -> None:
+        """A block was fine-tuned: its held-out loss, relative to that before."""
+        self._tuned.append({"name": name, "loss_ratio": ratio, "seconds": round(seconds, 4)})
+        self._say(f"{name:<40} fine-tuned: held-out loss x{ratio:.3f} {seconds:18.2f} s")
+
     def note(self, text: str) -> None:
         """Something unusual that concerns no single matrix."""
         self._notes.append(text)
@@ -116,6 +122,7 @@ class Reporter:
         """All of it, as plain JSON values."""
         from hf_vq import __version__
 
+        tuned = {"fine_tuned": [dict(t) for t in self._tuned]} if self._tuned else {}
         return {
             "hf_vq_version": __version__,
             "torch_version": torch.__version__,
@@ -124,6 +131,7 @@ class Reporter:
             "peak_memory_bytes": dict(self._memory.peaks),
             "notes": list(self._notes),
             "matrices": [dict(m) for m in self._matrices],
+            **tuned,
         }
 
     def _bits(self) -> float:

@@ -31,6 +31,7 @@ from hf_vq.engine.blocks import (
     move,
     twin,
 )
+from hf_vq.engine.finetune import tune_block
 from hf_vq.formats import FORMATS
 from hf_vq.formats.base import LayerSpec
 from hf_vq.layers import PackedLinear
@@ -190,7 +191,7 @@ def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _W
     embeds = next(model.parameters()).device
     batches = [b.to(embeds) for b in samples.split(size)]
     captured = capture(model, list(blocks.values()), batches, type(model).__name__)
-    streams = _Streams(captured.hidden, config.asymmetric_calibration)
+    streams = _Streams(captured.hidden, _needs_original(config))
     captured.hidden = []
     for index, (name, block) in enumerate(blocks.items()):
         names = {n.removeprefix(f"{name}."): n for n in worker.specs if n.startswith(f"{name}.")}
@@ -202,6 +203,13 @@ def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _W
         )
         worker.swap(list(names.values()))
         block.to(home)
+
+
+def _needs_original(config: Any) -> bool:
+    """Whether the unquantized model walks along beside the quantized one."""
+    if config.calibration_inputs == "original":
+        return False  # it is the only one there is
+    return config.asymmetric_calibration or config.finetune_steps > 0
 
 
 def _batch_size(specs: dict[str, LayerSpec], seqlen: int) -> int:
@@ -245,6 +253,10 @@ class _Block:
     ):
         self.name, self.block, self.streams = name, block, streams
         self.names, self.worker = names, worker
+        config = worker.config
+        self.independent = config.calibration_inputs == "original"
+        self.asymmetric = config.asymmetric_calibration and not self.independent
+        self.tuned = config.finetune_steps > 0 and bool(names)
         self.path = BlockPath(block, index, captured, worker.device)
         self.dense_path = None
         if streams.dense is not None:
@@ -270,8 +282,16 @@ class _Block:
                     self.dense_path.recording = layout.small.copy()
                 for number, stage in enumerate(stages):
                     self._stage(stage, layout, _children(stages[number + 1 :]))
-            if advance:
-                self._advance()
+            inputs = list(self.streams.quantized) if self.tuned else []
+            dense = self.streams.dense
+            if self.dense_path is not None and dense is not None and (advance or self.tuned):
+                _run_through(self.dense_path, dense)
+            if (advance and not self.tuned) or (self.tuned and self.independent):
+                self._advance(self._running())
+        if self.tuned:
+            self._tune(inputs)
+            if advance and not self.independent:
+                self._advance(list(self.done))
 
     def _stage(self, stage: list[list[str]], layout: Layout, later: set[str]) -> None:
         """Statistics of these groups' inputs, then their quantization."""
@@ -300,7 +320,7 @@ class _Block:
         weights saves the memory of a block.
         """
         with ExitStack() as stack:
-            for name in names:
+            for name in () if self.independent else names:
                 linear = self.linears[name]
                 weight = self.done[name].dequantize(linear.weight.dtype).to(self.worker.device)
                 stack.callback(setattr, linear, "weight", linear.weight)
@@ -331,9 +351,9 @@ class _Block:
         self, leaders: list[str], finished: set[str], inputs: list[torch.Tensor] | None
     ) -> dict[str, Statistics]:
         device = self.worker.device
-        with_shift = self.dense_path is not None
         sums = {
-            n: HessianAccumulator(self.linears[n].in_features, device, with_shift) for n in leaders
+            n: HessianAccumulator(self.linears[n].in_features, device, self.asymmetric)
+            for n in leaders
         }
         with self._decoded(self._running()):
             for batch in range(len(self.streams.quantized)):
@@ -349,7 +369,7 @@ class _Block:
     ) -> None:
         leaders = list(sums)
         aims: dict[str, torch.Tensor] = {}
-        if self.dense_path is not None and self.streams.dense is not None:
+        if self.asymmetric and self.dense_path is not None and self.streams.dense is not None:
             # The original block will not change: let a child that is done after this stage finish,
             # and keep what it returns.
             self.dense_path.recording |= finished
@@ -369,12 +389,40 @@ class _Block:
             if inputs is not None:
                 inputs.append(x.cpu())
 
-    def _advance(self) -> None:
+    def _advance(self, running: list[str]) -> None:
         """Hidden states at the block's end, in the place of those at its beginning."""
-        with self._decoded(self._running()):
+        with self._decoded(running):
             _run_through(self.path, self.streams.quantized)
-        if self.dense_path is not None and self.streams.dense is not None:
-            _run_through(self.dense_path, self.streams.dense)
+
+    def _tune(self, inputs: list[torch.Tensor]) -> None:
+        """Train the block's codebooks and norms; the streams' dense states are at its end."""
+        config, began = self.worker.config, time.perf_counter()
+        targets = self.streams.quantized if self.independent else self.streams.dense
+        assert targets is not None
+        tuned = tune_block(
+            self.block,
+            self.done,
+            self.path.calls,
+            inputs,
+            targets,
+            steps=config.finetune_steps,
+            learning_rate=config.finetune_lr,
+            seed=config.seed,
+        )
+        seconds = time.perf_counter() - began
+        if tuned is None:
+            self.worker.reporter.tuned(self.name, 1.0, seconds)
+            return
+        for name, tensors in tuned.packed.items():
+            old, full = self.done[name], self.names[name]
+            new = PackedLinear.from_packed(
+                old.spec, tensors, old.bias, old.compute_dtype, where=full
+            )
+            self.done[name] = self.worker.packed[full] = new
+        with torch.no_grad():
+            for name, value in tuned.other.items():
+                self.block.get_parameter(name).copy_(value)
+        self.worker.reporter.tuned(self.name, tuned.loss / tuned.loss_before, seconds)
 
     def _check(self, name: str, sums: HessianAccumulator, x: torch.Tensor, batch: int) -> None:
         if bool(torch.isfinite(sums.total.diagonal().sum())):

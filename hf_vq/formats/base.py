@@ -41,6 +41,11 @@ class LayerSpec(ABC):
         """Name -> shape and dtype of every tensor that stores this matrix (bias apart)."""
 
     @property
+    def trainable(self) -> LayerSpec | None:
+        """The same matrix with codebooks that an optimizer can move: float32. None: cannot be."""
+        return None
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.layout().values())
 

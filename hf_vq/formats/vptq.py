@@ -123,6 +123,10 @@ class VPTQSpec(LayerSpec):
         )
 
     @property
+    def trainable(self) -> VPTQSpec:
+        return dataclasses.replace(self, codebook_dtype="float32")
+
+    @property
     def index_bits(self) -> int:
         """Bits of a vector's main and residual index together: 1..32."""
         return self.main_bits + self.res_bits

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -215,6 +216,7 @@ def _compiled_tall() -> Callable | None:
         from hf_vq.methods.panel_numba import tall_panel
     except ImportError:
         return None
+    panel: Any = tall_panel  # typed by numba as what it was before it was compiled
 
     def run(
         delta: torch.Tensor,
@@ -233,7 +235,7 @@ def _compiled_tall() -> Callable | None:
         outer = (delta.numpy(), u.numpy())
         codes = (index.numpy(), residual_index.numpy())
         _over_rows(
-            lambda lo, hi: tall_panel(*outer, *matrices, *squares, beam, *codes, lo, hi),
+            lambda lo, hi: panel(*outer, *matrices, *squares, beam, *codes, lo, hi),
             len(index),
         )
 

@@ -51,7 +51,10 @@ def relative(weight: torch.Tensor, h: torch.Tensor, quantized: torch.Tensor) -> 
     return float(((error @ h.double()) * error).sum() / size)
 
 
-def run(weight, h, options=VPTQOptions(), **fields):
+FULL = VPTQOptions()
+
+
+def run(weight, h, options=FULL, **fields):
     spec = VPTQSpec(*weight.shape, **fields)
     result = quantize(weight, statistics_of(h), spec, options)
     return result, decode(result.codes, spec)
@@ -156,7 +159,7 @@ def test_groups_pay_where_columns_differ_in_size():
     weight, h = normal(256, 64, seed=6) * size, hessian_of(64) / size / size[:, None]
     fields = {"vector_dim": 4, "num_centroids": 32, "permuted": True}
     plain, grouped = (run(weight, h, **fields, num_groups=g)[0].relative_error for g in (1, 2))
-    assert grouped < 0.8 * plain
+    assert grouped < 0.9 * plain
 
 
 def test_rows_that_pad_the_last_vector_have_no_say():
