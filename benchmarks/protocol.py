@@ -23,9 +23,11 @@ from hf_vq.engine.report import Reporter
 from hf_vq.engine.run import quantize_model
 from hf_vq.evaluation import compare, perplexity
 from hf_vq.formats.gptvq import GPTVQSpec
+from hf_vq.formats.vptq import VPTQSpec
 from hf_vq.loading import packed_layers
-from hf_vq.methods import gptvq
+from hf_vq.methods import gptvq, vptq
 from hf_vq.methods.statistics import Statistics
+from hf_vq.registry import get_method
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / "shared"
@@ -69,10 +71,10 @@ class Protocol:
         """The original model; "auto" keeps the dtype its file has."""
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
 
-    def quantize(self, **settings: Any) -> Result:
-        """GPTVQ with these `GPTVQConfig` settings; the clock runs from loaded to packed model."""
+    def quantize(self, method: str, **settings: Any) -> Result:
+        """`method` with these settings; the clock runs from the loaded to the packed model."""
         model = self.load()
-        config = hf_vq.GPTVQConfig(seqlen=SEQLEN, **settings)
+        config = get_method(method).config(seqlen=SEQLEN, **settings)
         began = time.process_time()
         plan = hf_vq.make_plan(model, config)
         quantize_model(model, plan, self.calibration, config, Reporter())
@@ -109,6 +111,8 @@ def warm_up() -> None:
     statistics = Statistics(torch.eye(16), 16)
     for dim in (1, 2, 4):
         gptvq.quantize(weight, statistics, GPTVQSpec(8, 16, dim, 4, 8, 16))
+    for residual in (0, 2):
+        vptq.quantize(weight, statistics, VPTQSpec(8, 16, 2, 4, residual))
 
 
 def _tokens(path: Path) -> torch.Tensor:

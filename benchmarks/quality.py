@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py [--rows 'gptvq_1d*'] [--model DIR] [--data DIR] [--out FILE.md]
 
-Rows: every GPTVQ, GPTQ and RTN row of official.json, with ours beside it; what each improvement
-is worth (`ablation_*`); the theory checks (`theory`); whether two runs write the same files
-(`determinism`). README.md beside this says how. Exits with 1 if a target is missed.
+Rows: those of rows.py, each beside the official one it names, and what each improvement is worth;
+GPTQ and RTN; the theory checks (`theory`); whether two runs write the same files (`determinism_*`).
+README.md beside this says how. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -27,78 +27,33 @@ import theory
 import torch
 from baselines import bits_per_weight, quantize_model_scalar
 from protocol import SHARED, Protocol, Result, environment, official, warm_up
+from rows import ASYMMETRIC_GPTQ, DETERMINISM, ROWS, WHOLE, Row
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import hf_vq
-
-KL_TARGET, KL_TARGET_HIGH, CPU_TARGET = 0.90, 0.85, 0.20
-"""At most this share of the official KL (below 3.1 bits, from 3.1 bits on) and CPU time."""
-
-WHOLE = 2**31
-"""group_size of one codebook per stripe."""
+from hf_vq.registry import get_method
 
 
-def _ours(dim: int, index_bits: int, group_size: int, columns: int, **more: Any) -> dict[str, Any]:
-    return {
-        "bits": None,
-        "vector_dim": dim,
-        "index_bits": index_bits,
-        "group_size": group_size,
-        "group_columns": columns,
-        **more,
-    }
-
-
-QUICK = {"kmeans_iterations": 3, "refine_iterations": 0}
-SHORT = {"kmeans_iterations": 10, "refine_iterations": 2}
-"""Less effort than the defaults, where a fifth of the official CPU time asks for it."""
-
-GPTVQ: dict[str, dict[str, Any]] = {
-    "gptvq_2d_2b_tensor": _ours(2, 4, WHOLE, 1024, **SHORT),
-    "gptvq_4d_2b_tensor": _ours(4, 8, WHOLE, 1024),
-    "gptvq_2d_2b_gs2048": _ours(2, 4, 2048, 64, **SHORT),
-    "gptvq_1d_2b_gs256": _ours(1, 2, 1024, 64, scale_block=32, **QUICK),
-    "gptvq_2d_2b_gs1024": _ours(2, 4, WHOLE, 1024, scale_block=16, kmeans_iterations=10),
-    "gptvq_1d_3b_gs512": _ours(1, 3, 4096, 64, scale_block=32, **QUICK),
-    "gptvq_2d_3b_gs4096": _ours(2, 6, 4096, 64),
-}
-"""Official row -> our `GPTVQConfig` for it; effort is at its default unless named."""
-
-ABLATED = "gptvq_2d_2b_gs1024"
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "ablation_symmetric": {"asymmetric_calibration": False},
-    "ablation_one_pass_per_block": {"true_sequential": False},
-    "ablation_no_refinement": {"refine_iterations": 0, "codebook_update": False},
-    "ablation_none_of_the_three": {
-        "asymmetric_calibration": False,
-        "true_sequential": False,
-        "refine_iterations": 0,
-        "codebook_update": False,
-    },
-}
-"""What is taken away from our `ABLATED` row."""
-
-ASYMMETRIC_GPTQ = "gptq_2b_g64_asymmetric"
-"""GPTQ with our calibration instead of its own; has no official counterpart."""
-
-
-def targets(reference: dict[str, Any], ours: Result) -> dict[str, bool]:
+def targets(row: Row, reference: dict[str, Any], ours: Result) -> dict[str, bool]:
     """Name of the target -> whether it is met."""
-    limit = KL_TARGET_HIGH if reference["bits"] >= 3.1 else KL_TARGET
-    return {
-        f"KL <= {limit:.2f}x": ours.kl <= limit * reference["kl"],
-        "perplexity lower": ours.perplexity < reference["perplexity"],
-        f"CPU <= {CPU_TARGET:.2f}x": ours.cpu <= CPU_TARGET * reference["cpu_seconds"],
-    }
+    out = {"perplexity lower": ours.perplexity < reference["perplexity"]}
+    if row.kl is not None:
+        out[f"KL <= {row.kl:.2f}x"] = ours.kl <= row.kl * reference["kl"]
+    if row.cpu is not None:
+        out[f"CPU <= {row.cpu:.2f}x"] = ours.cpu <= row.cpu * cpu_of(reference)
+    return out
+
+
+def cpu_of(reference: dict[str, Any]) -> float:
+    """All CPU seconds of an official row, its Hessian pass included where it was timed apart."""
+    return reference["cpu_seconds"] + reference.get("hessian_cpu_seconds", 0)
 
 
 def run_row(protocol: Protocol, name: str) -> Result:
     """Ours for a row of the table, measured."""
-    if name in GPTVQ:
-        return protocol.quantize(**GPTVQ[name])
-    if name in ABLATIONS:
-        return protocol.quantize(**{**GPTVQ[ABLATED], **ABLATIONS[name]})
+    if name in ROWS:
+        return protocol.quantize(ROWS[name].method, **ROWS[name].settings)
     method, size = name.split("_")[:2]
     bits = int(size.removesuffix("b"))
     samples = None if method == "rtn" else protocol.calibration
@@ -113,14 +68,12 @@ def run_row(protocol: Protocol, name: str) -> Result:
 
 def _settings(name: str) -> str:
     """What was asked for, in few words; defaults left out."""
-    if name in ABLATIONS:
-        return f"{ABLATED} with " + ", ".join(f"{k}={v}" for k, v in ABLATIONS[name].items())
-    if name not in GPTVQ:
+    if name not in ROWS:
         return "asymmetric calibration" if name == ASYMMETRIC_GPTQ else "groups of 64"
     short = {"vector_dim": "d", "index_bits": "b", "group_size": "gs", "group_columns": "columns"}
     parts = []
-    for key, value in GPTVQ[name].items():
-        if key != "bits":
+    for key, value in ROWS[name].settings.items():
+        if (key, value) != ("bits", None):
             shown = "stripe" if (key, value) == ("group_size", WHOLE) else value
             parts.append(f"{short.get(key, key)}={shown}")
     return ", ".join(parts)
@@ -137,25 +90,29 @@ def table(results: dict[str, Result], references: dict[str, dict[str, Any]]) -> 
     head += ["KL ratio", "CPU ratio", "targets", "our settings"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, ours in results.items():
-        ref = references.get(name, {})
+        row = ROWS.get(name)
+        ref = references.get(row.official or "" if row else name, {})
         cells = [f"`{name}`", *_pair(ref.get("bits"), ours.bits, 3)]
         cells += _pair(ref.get("perplexity"), ours.perplexity, 3)
         cells += _pair(ref.get("kl"), ours.kl, 4)
-        cells += _pair(ref.get("cpu_seconds"), ours.cpu, 1)
-        seconds = ref.get("cpu_seconds")
+        seconds = cpu_of(ref) if ref else None
+        cells += _pair(seconds, ours.cpu, 1)
         cells.append(f"{ours.kl / ref['kl']:.2f}" if ref else "")
         cells.append(f"{ours.cpu / seconds:.2f}" if seconds else "")
-        missed = [t for t, met in targets(ref, ours).items() if not met] if name in GPTVQ else None
+        missed = None
+        if row and ref:
+            missed = [t for t, met in targets(row, ref, ours).items() if not met]
         cells.append("" if missed is None else "MISS: " + "; ".join(missed) if missed else "PASS")
         lines.append("| " + " | ".join([*cells, _settings(name)]) + " |")
     return "\n".join(lines)
 
 
-def _quantize_and_hash(model: str, data: str, queue: Any) -> None:
+def _quantize_and_hash(
+    model: str, data: str, method: str, settings: dict[str, Any], queue: Any
+) -> None:
     torch.set_num_threads(1)
-    config = hf_vq.GPTVQConfig(
-        dataset=str(Path(data) / "docs_calibration_1024x512.npy"), nsamples=16, seqlen=512, seed=1
-    )
+    tokens = str(Path(data) / "docs_calibration_1024x512.npy")
+    config = get_method(method).config(dataset=tokens, nsamples=16, seqlen=512, seed=1, **settings)
     packed = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
     with tempfile.TemporaryDirectory() as out:
         packed.save_pretrained(out)
@@ -163,13 +120,14 @@ def _quantize_and_hash(model: str, data: str, queue: Any) -> None:
         queue.put({f: hashlib.sha256((Path(out) / f).read_bytes()).hexdigest() for f in files})
 
 
-def determinism(model: Path, data: Path) -> tuple[bool, str]:
+def determinism(model: Path, data: Path, method: str, settings: dict[str, Any]) -> tuple[bool, str]:
     """Quantize and save with the same seed in two fresh processes: are the files the same?"""
     context = multiprocessing.get_context("spawn")
     hashes = []
     for _ in range(2):
         queue = context.Queue()
-        process = context.Process(target=_quantize_and_hash, args=(str(model), str(data), queue))
+        given = (str(model), str(data), method, settings, queue)
+        process = context.Process(target=_quantize_and_hash, args=given)
         process.start()
         hashes.append(queue.get(timeout=600))
         process.join()
@@ -197,7 +155,8 @@ def main() -> int:
     logging.disable_progress_bar()
     reference = official()
     references = {row["setting"]: row for row in reference["rows"]}
-    names = [*references, ASYMMETRIC_GPTQ, *ABLATIONS, "theory", "determinism"]
+    scalar = [n for n in references if n.startswith(("rtn", "gptq_"))]
+    names = [*scalar, ASYMMETRIC_GPTQ, *ROWS, "theory", *DETERMINISM]
     chosen = [n for n in names if any(fnmatch.fnmatch(n, p) for p in args.rows.split(","))]
     if not chosen:
         parser.error(f"--rows {args.rows!r} matches none of {', '.join(names)}")
@@ -206,13 +165,13 @@ def main() -> int:
     protocol = Protocol(args.model, args.data)
     failed = False
     results: dict[str, Result] = {}
-    for name in [n for n in chosen if n not in ("theory", "determinism")]:
+    for name in [n for n in chosen if n != "theory" and n not in DETERMINISM]:
         ours = results[name] = run_row(protocol, name)
         _say(f"{name}: {ours}")
-        if name in GPTVQ:
-            budget = references[name]["bits"]
+        if name in ROWS and (theirs := ROWS[name].official):
+            budget = references[theirs]["bits"]
             assert ours.bits <= budget, f"{name}: {ours.bits} bits, more than {budget}"
-            failed |= not all(targets(references[name], ours).values())
+            failed |= not all(targets(ROWS[name], references[theirs], ours).values())
     parts = [f"# Quality beside the official implementations\n\n{environment()}."]
     record: dict[str, Any] = {"environment": environment(), "rows": {}}
     if results:
@@ -224,11 +183,12 @@ def main() -> int:
         failed |= not all(c.passed for c in found)
         record["theory"] = [c._asdict() for c in found]
         parts += ["## Mean squared error on Gaussian weights, H = I", theory.table(found)]
-    if "determinism" in chosen:
-        same, text = determinism(args.model, args.data)
+    for name in [n for n in chosen if n in DETERMINISM]:
+        method, settings = DETERMINISM[name]
+        same, text = determinism(args.model, args.data, method, settings)
         failed |= not same
-        record["determinism"] = text
-        parts += ["## Same seed, same files (two fresh processes)", text]
+        record[name] = text
+        parts += [f"## {name}: same seed, same files (two fresh processes)", text]
     document = "\n\n".join(parts) + "\n"
     _say(document)
     if args.out:

@@ -1,0 +1,125 @@
+"""The rows of quality.py: which settings of ours stand beside which official row.
+
+Settings and effort are at their default unless named.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    """One of our configurations. official: the row it is compared with.
+
+    kl, cpu: at most this share of the official KL and CPU time; None: no target.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    official: str | None = None
+    kl: float | None = None
+    cpu: float | None = None
+
+
+WHOLE = 2**31
+"""group_size of one codebook per stripe."""
+
+QUICK = {"kmeans_iterations": 3, "refine_iterations": 0}
+SHORT = {"kmeans_iterations": 10, "refine_iterations": 2}
+"""Less effort than the defaults, where a fifth of the official CPU time asks for it."""
+
+ASYMMETRIC_GPTQ = "gptq_2b_g64_asymmetric"
+"""GPTQ with our calibration instead of its own; has no official counterpart."""
+
+
+def _gptvq(dim: int, index_bits: int, size: int, columns: int, **more: Any) -> dict[str, Any]:
+    geometry = {"vector_dim": dim, "index_bits": index_bits, "group_size": size}
+    return {"bits": None, **geometry, "group_columns": columns, **more}
+
+
+_GPTVQ: dict[str, dict[str, Any]] = {
+    "gptvq_2d_2b_tensor": _gptvq(2, 4, WHOLE, 1024, **SHORT),
+    "gptvq_4d_2b_tensor": _gptvq(4, 8, WHOLE, 1024),
+    "gptvq_2d_2b_gs2048": _gptvq(2, 4, 2048, 64, **SHORT),
+    "gptvq_1d_2b_gs256": _gptvq(1, 2, 1024, 64, scale_block=32, **QUICK),
+    "gptvq_2d_2b_gs1024": _gptvq(2, 4, WHOLE, 1024, scale_block=16, kmeans_iterations=10),
+    "gptvq_1d_3b_gs512": _gptvq(1, 3, 4096, 64, scale_block=32, **QUICK),
+    "gptvq_2d_3b_gs4096": _gptvq(2, 6, 4096, 64),
+}
+
+ABLATED = "gptvq_2d_2b_gs1024"
+_TAKEN_AWAY: dict[str, dict[str, Any]] = {
+    "symmetric": {"asymmetric_calibration": False},
+    "one_pass_per_block": {"true_sequential": False},
+    "no_refinement": {"refine_iterations": 0, "codebook_update": False},
+    "none_of_the_three": {
+        "asymmetric_calibration": False,
+        "true_sequential": False,
+        "refine_iterations": 0,
+        "codebook_update": False,
+    },
+}
+
+_VPTQ_BITS = {
+    "vptq_v2_k16": 2.151,
+    "vptq_v4_k256_nonorm": 2.204,
+    "vptq_v4_k256": 2.301,
+    "vptq_v8_k256_r256": 2.768,
+    "vptq_v2_k64": 3.165,
+    "vptq_v4_k4096": 5.635,
+    "vptq_v6_k4096": 5.897,
+}
+"""Official row -> its all-in bits: the target that the planner is given."""
+
+TUNING = {"finetune_steps": 256}
+
+_ADDED: list[tuple[str, dict[str, Any]]] = [
+    ("no_feedback", {"error_feedback": False}),
+    ("feedback", {}),
+    ("residual", {"num_res_centroids": 16, "beam": 1}),
+    ("beam", {"num_res_centroids": 16, "beam": 8}),
+    ("refit", {"refine_iterations": 4, "codebook_update": True, "num_res_centroids": 16}),
+    ("asymmetric", {"asymmetric_calibration": True}),
+    ("tuned", TUNING),
+]
+"""What is added, step by step, to VPTQ as the paper has it."""
+_BARE_VPTQ = {
+    "bits": None,
+    "vector_dim": 4,
+    "num_centroids": 64,
+    "num_res_centroids": 0,
+    "norm": "none",
+    "refine_iterations": 0,
+    "codebook_update": False,
+    "asymmetric_calibration": False,
+}
+
+
+def _rows() -> dict[str, Row]:
+    rows = {}
+    for name, settings in _GPTVQ.items():
+        kl = 0.85 if "3b" in name else 0.90
+        rows[name] = Row("gptvq", settings, name, kl, 0.20)
+    for name, change in _TAKEN_AWAY.items():
+        rows[f"ablation_{name}"] = Row("gptvq", {**_GPTVQ[ABLATED], **change})
+    for name, bits in _VPTQ_BITS.items():
+        rows[name] = Row("vptq", {"bits": bits}, name, 0.85, 1 / 3)
+        rows[f"{name}_tuned"] = Row("vptq", {"bits": bits, **TUNING}, name, 0.70)
+    for bits in (2, 2.25, 3, 4):
+        rows[f"vptq_{bits}b"] = Row("vptq", {"bits": bits})
+        rows[f"vptq_{bits}b_tuned"] = Row("vptq", {"bits": bits, **TUNING})
+    settings = _BARE_VPTQ
+    for step, (name, change) in enumerate(_ADDED):
+        settings = {**settings, **change}
+        rows[f"vptq_ablation_{step}_{name}"] = Row("vptq", settings)
+    return rows
+
+
+ROWS: dict[str, Row] = _rows()
+"""Name of the row -> what is run and what it has to reach."""
+
+DETERMINISM: dict[str, tuple[str, dict[str, Any]]] = {
+    "determinism_gptvq": ("gptvq", {}),
+    "determinism_vptq": ("vptq", {"finetune_steps": 4}),
+}
+"""Name -> method and settings of what is quantized twice."""
