@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import os
 import subprocess
 import sys
 
 import pytest
 import transformers.quantizers.auto as auto
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import hf_vq
 import hf_vq.registration
@@ -25,6 +26,7 @@ def tables():
         dict(auto.AUTO_QUANTIZER_MAPPING),
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
         PreTrainedModel.save_pretrained,
+        PreTrainedConfig.from_dict.__func__,
     )
 
 
@@ -43,9 +45,9 @@ def test_registering_again_changes_nothing():
 
 
 def test_reloading_the_module_does_not_wrap_twice():
-    before = PreTrainedModel.save_pretrained
+    before = tables()[-2:]
     importlib.reload(hf_vq.registration).register()
-    assert PreTrainedModel.save_pretrained is before
+    assert tables()[-2:] == before
     assert auto.LOADING_ATTRIBUTES_CONFIG_TYPES.count(GPTVQConfig) == 1
 
 
@@ -61,6 +63,48 @@ def test_another_librarys_method_is_replaced_with_a_warning(monkeypatch, caplog)
         hf_vq.register()
     assert "Foreign" in caplog.text
     assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptvq"] is GPTVQConfig
+
+
+def run(script: str, **variables: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, **variables}
+    return subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, env=env
+    )
+
+
+def test_transformers_own_vptq_is_replaced_quietly():
+    script = (
+        "import hf_vq, transformers.quantizers.auto as auto;"
+        " print(auto.AUTO_QUANTIZATION_CONFIG_MAPPING['vptq'].__module__)"
+    )
+    done = run(script)
+    assert done.stdout.split() == ["hf_vq.config_vptq"]
+    assert "replaces" not in done.stderr
+    verbose = "import logging; logging.basicConfig(level=logging.INFO); " + script
+    assert "hf_vq replaces" in run(verbose).stderr
+
+
+def test_transformers_own_vptq_can_be_kept():
+    done = run(
+        "import hf_vq, transformers.quantizers.auto as auto;"
+        " print(auto.AUTO_QUANTIZATION_CONFIG_MAPPING['vptq'].__module__,"
+        " auto.AUTO_QUANTIZER_MAPPING['vptq'].__module__,"
+        " auto.AUTO_QUANTIZATION_CONFIG_MAPPING['gptvq'].__module__)",
+        HF_VQ_OVERRIDE_VPTQ="0",
+    )
+    vptq, quantizer, gptvq = done.stdout.split()
+    assert vptq.startswith("transformers.") and quantizer.startswith("transformers.")
+    assert gptvq == "hf_vq.config_gptvq"
+
+
+def test_other_configs_are_read_as_before():
+    """`from_dict` is wrapped for checkpoints of an old layout; the rest must not notice."""
+    given = {"hidden_size": 64, "quant_config": {"a": 1}, "quantization_config": {"b": 2}}
+    config = LlamaConfig.from_dict(given)
+    assert type(config) is LlamaConfig and config.hidden_size == 64
+    assert config.quant_config == {"a": 1} and config.quantization_config == {"b": 2}
+    config, rest = LlamaConfig.from_dict(given, return_unused_kwargs=True, vocab_size=5, x=1)
+    assert config.vocab_size == 5 and rest == {"x": 1}
 
 
 def test_config_from_dict_is_ours():
