@@ -68,6 +68,7 @@ def find_layers(model: nn.Module, config: VQConfig, dtype: str = "float16") -> L
     for name, entry in recorded.items():
         here = live_name(name)
         if here is None:
+            _refuse_fused(model, live_name, name)
             absent.append(name)
         elif here in entries:
             raise FormatError(f"{name}: config.json lists it twice, also as {entries[here][0]}")
@@ -97,6 +98,16 @@ def find_layers(model: nn.Module, config: VQConfig, dtype: str = "float16") -> L
             "it with the class it was saved from"
         )
     return Layers(found, absent)
+
+
+def _refuse_fused(model: nn.Module, names: _Names, name: str) -> None:
+    """Without its weight, which is part of a larger parameter here, a model would be random."""
+    parameter = names.renamed(name)
+    if parameter in dict(model.named_parameters()):
+        raise FormatError(
+            f"{name}: it is packed, but this version of Transformers keeps its weight inside of "
+            f"{parameter}, which {type(model).__name__} needs whole; such experts cannot be loaded"
+        )
 
 
 def swap_in_empty(model: nn.Module, config: VQConfig, compute_dtype: Any) -> None:
@@ -131,11 +142,15 @@ class _Names:
     def _candidates(self, name: str) -> Iterator[str]:
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         yield from (name, name.removeprefix(prefix), prefix + name)
+        yield self.renamed(name).removesuffix(".weight")
+
+    def renamed(self, name: str) -> str:
+        """The parameter of the model that Transformers makes of the module's weight."""
         if self.rename is None:  # takes a while, and few models need it
             from transformers.conversion_mapping import get_model_conversion_mapping
 
             self.rename = renames(self.model, get_model_conversion_mapping(self.model))  # type: ignore[arg-type]
-        yield self.rename(f"{name}.weight").removesuffix(".weight")
+        return self.rename(f"{name}.weight")
 
 
 def renames(model: Any, conversions: list) -> Callable[[str], str]:

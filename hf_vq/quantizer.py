@@ -157,13 +157,13 @@ class VQHfQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         from accelerate.utils import align_module_device
 
-        if isinstance(dtype, str):  # what saving a model leaves in its config
-            dtype = getattr(torch, dtype)
+        # saving a model leaves the dtype's name in its config
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in loading.packed_layers(model).items():
             with ExitStack() as stack:
                 for part in layer.modules():  # brings offloaded tensors back for the moment
                     stack.enter_context(align_module_device(part))
-                model.set_submodule(name, layer.to_linear(dtype))
+                model.set_submodule(name, layer.to_linear(wanted))
         return model
 
     # -- saving -------------------------------------------------------------------------

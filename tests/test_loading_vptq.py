@@ -244,6 +244,31 @@ def test_configs_alone(tmp_path):
     assert config.quant_config == {"mode": "fast"} and not hasattr(config, "quantization_config")
 
 
+def test_packed_experts_are_refused_where_the_model_fuses_them(tmp_path):
+    entries, dense = publish(tmp_path, "mixtral")
+    edit_config(tmp_path, **listed(entries))
+    assert_weights(load(tmp_path, dtype=torch.float32), dense)
+    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
+    entries[expert] = entries["model.layers.0.self_attn.q_proj"]
+    edit_config(tmp_path, **listed(entries))
+    with pytest.raises(FormatError, match=f"{expert}: it is packed, but .*experts.gate_up_proj"):
+        load(tmp_path)
+
+
+def test_before_safetensors(tmp_path):
+    """Without headers the codebooks take the model's dtype."""
+    entries, dense = publish(tmp_path, "llama-bias")
+    edit_config(tmp_path, quant_config=entries)
+    file = tmp_path / "model.safetensors"
+    torch.save(load_file(file), tmp_path / "pytorch_model.bin")
+    file.unlink()
+    model = load(tmp_path)
+    assert packed_layers(model)[UP].spec.codebook_dtype == "float16"
+    assert_weights(model, dense)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
