@@ -30,6 +30,7 @@ from protocol import environment
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_vq
+from hf_vq.engine.memory import release
 from hf_vq.engine.run import quantize_model
 
 BLOCKS, WIDTH, INTERMEDIATE, VOCABULARY = 12, 1024, 2816, 1024
@@ -101,6 +102,23 @@ def make_model(folder: str, dtype: torch.dtype) -> None:
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
 
 
+def warm_up(settings: dict[str, Any]) -> None:
+    """Quantize a tiny model: compiled code is loaded once and is the same for any model."""
+    config = hf_vq.GPTVQConfig(seqlen=16, **settings)
+    tiny = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=64,
+        )
+    )
+    samples = torch.arange(64).reshape(4, 16)
+    quantize_model(tiny, hf_vq.make_plan(tiny, config), samples, config, PhaseReporter(Meter()))
+
+
 def measure(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Quantize the model in `folder`; run in a process of its own."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -114,7 +132,9 @@ def measure(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     activations = streams * samples.numel() * WIDTH * model.dtype.itemsize
     with torch.no_grad():  # what torch itself sets up on first use: threads, matrix products
         model(input_ids=samples[:1], use_cache=False)
+    warm_up(settings)
     gc.collect()
+    release()
     before = anonymous()
     with Meter() as meter:
         quantize_model(model, plan, samples, config, PhaseReporter(meter))

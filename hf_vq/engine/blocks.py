@@ -229,6 +229,11 @@ class BlockPath:
         """Hand `output` back the next time that child `name` is run on this batch."""
         self._kept[name][batch] = move(output, torch.device("cpu"))
 
+    def forget(self, batch: int) -> None:
+        """Free what is kept of a batch that will not be run again."""
+        for kept in self._kept.values():
+            kept.pop(batch, None)
+
     def skips(self, name: str, batches: int) -> bool:
         """Whether child `name` will not be run again: its output is kept for every batch."""
         return len(self._kept.get(name, ())) == batches

@@ -32,6 +32,7 @@ from hf_vq.engine.blocks import (
     twin,
 )
 from hf_vq.engine.finetune import tune_block
+from hf_vq.engine.memory import release
 from hf_vq.formats import FORMATS
 from hf_vq.formats.base import LayerSpec
 from hf_vq.layers import PackedLinear
@@ -46,9 +47,9 @@ _VALUES_PER_BATCH = 1 << 21
 _SHRINKAGE = 8
 # Weights in a matrix below which a second CPU thread costs more than it brings.
 _WEIGHTS_PER_THREAD = 1 << 18
-# Bytes of hidden states up to which the outputs of norms are kept as well: in a small model they
-# take a good part of the time, in a large one of the memory.
-_SMALL_STREAM = 1 << 26
+# Hidden size up to which the outputs of norms are kept as well: in a narrow model they take a good
+# part of the time, in a wide one more memory than the weights.
+_NARROW = 512
 
 
 class NonFiniteError(ValueError):
@@ -104,15 +105,25 @@ class _Worker:
     @torch.no_grad()
     def quantize(self, names: list[str], statistics: Statistics | None) -> None:
         """Quantize matrices that share their input; the results wait in `packed`."""
-        pulls: dict[str, torch.Tensor] = {}
-        if statistics is not None and statistics.shift is not None:
-            # Little data overfits: the noise of the estimate grows with channels per token
-            tokens = statistics.tokens
-            trust = tokens / (tokens + _SHRINKAGE * len(statistics.shift))
-            pulls = {name: trust * (self._weight(name) @ statistics.shift) for name in names}
-            statistics.shift = None  # of a wide layer the largest thing there is besides H
+        pulls = {} if statistics is None else self._pulls(names, statistics)
         for name in names:
+            if statistics is not None:
+                statistics.last = name == names[-1]
             self._quantize(name, statistics, pulls.pop(name, None))
+            release()
+
+    def _pulls(self, names: list[str], statistics: Statistics) -> dict[str, torch.Tensor]:
+        """W S of every matrix. Takes the shift along: it is as large as the Hessian."""
+        # Little data overfits: the noise of the estimate grows with channels per token
+        tokens = statistics.tokens
+        trust = tokens / (tokens + _SHRINKAGE * len(statistics.hessian))
+        shift, pull = statistics.shift, statistics.pull
+        statistics.shift = statistics.pull = None
+        if pull is not None:
+            return {name: pull.mul_(trust) for name in names}
+        if shift is None:
+            return {}
+        return {name: (self._weight(name) @ shift).mul_(trust) for name in names}
 
     def _weight(self, name: str) -> torch.Tensor:
         weight = linear_of(self.model, name).weight.detach().to(self.device, torch.float32)
@@ -136,8 +147,7 @@ class _Worker:
         spec = self.specs[name]
         options = self._options(name)
         if statistics is not None and pull is not None:
-            weight = weight + correction(pull, statistics.factor(options.damping))
-            del pull
+            weight = correction(pull, statistics.factor(options.damping)).add_(weight)
         result = self.method.quantize(weight, statistics, spec, options)
         tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
         bias = None if linear.bias is None else linear.bias.detach().cpu()
@@ -198,11 +208,12 @@ def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _W
         home = next(block.parameters()).device
         block.to(worker.device)
         last = index == len(blocks) - 1
-        _Block(name, block, index, captured, streams, names, worker).quantize(
-            config.true_sequential, advance=not last
+        _Block(name, block, index, captured, streams, names, worker, not last).quantize(
+            config.true_sequential
         )
         worker.swap(list(names.values()))
         block.to(home)
+        release()
 
 
 def _needs_original(config: Any) -> bool:
@@ -232,14 +243,12 @@ class _Streams:
         self.quantized = [h.cpu() for h in hidden]
         self.dense = list(self.quantized) if with_dense else None
 
-    @property
-    def nbytes(self) -> int:
-        """Of one of the two."""
-        return sum(h.nbytes for h in self.quantized)
-
 
 class _Block:
-    """One block while its linears are quantized. Names inside are relative to the block."""
+    """One block while its linears are quantized. Names inside are relative to the block.
+
+    advance: whether the hidden states at the block's end are wanted.
+    """
 
     def __init__(
         self,
@@ -250,12 +259,14 @@ class _Block:
         streams: _Streams,
         names: dict[str, str],
         worker: _Worker,
+        advance: bool,
     ):
         self.name, self.block, self.streams = name, block, streams
         self.names, self.worker = names, worker
         config = worker.config
         self.independent = config.calibration_inputs == "original"
         self.asymmetric = config.asymmetric_calibration and not self.independent
+        self.advance = advance
         self.tuned = config.finetune_steps > 0 and bool(names)
         self.path = BlockPath(block, index, captured, worker.device)
         self.dense_path = None
@@ -264,7 +275,7 @@ class _Block:
         self.linears = {n: linear_of(block, n) for n in names}
         self.done: dict[str, PackedLinear] = {}
 
-    def quantize(self, true_sequential: bool, advance: bool) -> None:
+    def quantize(self, true_sequential: bool) -> None:
         with ExitStack() as stack:
             paths = [p for p in (self.path, self.dense_path) if p is not None]
             for path in paths:
@@ -273,7 +284,7 @@ class _Block:
                 layout = self.path.probe(self.linears, self.streams.quantized[0])
                 stages = [[g] for g in layout.groups] if true_sequential else [layout.groups]
                 kept = set(layout.replayable)
-                if self.streams.nbytes <= _SMALL_STREAM:
+                if self.streams.quantized[0].shape[-1] <= _NARROW:
                     kept |= layout.small
                 for path in paths:
                     path.replay(kept)
@@ -281,25 +292,26 @@ class _Block:
                 if self.dense_path is not None:
                     self.dense_path.recording = layout.small.copy()
                 for number, stage in enumerate(stages):
-                    self._stage(stage, layout, _children(stages[number + 1 :]))
+                    self._stage(stage, layout, stages[number + 1 :])
             inputs = list(self.streams.quantized) if self.tuned else []
             dense = self.streams.dense
-            if self.dense_path is not None and dense is not None and (advance or self.tuned):
-                _run_through(self.dense_path, dense)
-            if (advance and not self.tuned) or (self.tuned and self.independent):
+            moved = self.asymmetric and bool(self.linears)  # by the last stage
+            if self.dense_path is not None and dense is not None and self._dense_advances():
+                _run_through(self.dense_path, dense, () if moved else range(len(dense)))
+            if (self.advance and not self.tuned) or (self.tuned and self.independent):
                 self._advance(self._running())
         if self.tuned:
             self._tune(inputs)
-            if advance and not self.independent:
+            if self.advance and not self.independent:
                 self._advance(list(self.done))
 
-    def _stage(self, stage: list[list[str]], layout: Layout, later: set[str]) -> None:
+    def _stage(self, stage: list[list[str]], layout: Layout, later: list[list[list[str]]]) -> None:
         """Statistics of these groups' inputs, then their quantization."""
-        leaders = [group[0] for group in stage]
-        finished = (_children([stage]) - later) & layout.replayable
+        finished = (_children([stage]) - _children(later)) & layout.replayable
         inputs: list[torch.Tensor] = []
         tail = self._tail(stage, layout, finished)
-        statistics = self._collect(leaders, finished, inputs if tail else None)
+        statistics = self._collect(stage, finished, inputs if tail else None, last=not later)
+        release()
         for group in stage:
             self.worker.quantize([self.names[n] for n in group], statistics.pop(group[0]))
             for name in group:
@@ -308,7 +320,8 @@ class _Block:
         if tail is not None:
             child, last, nones = tail
             with self._decoded([last]), torch.no_grad():
-                for batch, x in enumerate(inputs):
+                for batch in range(len(inputs)):
+                    x, inputs[batch] = inputs[batch], torch.empty(0)
                     out = self.linears[last](x.to(self.worker.device))
                     self.path.keep(child, batch, out if nones is None else (out, *[None] * nones))
 
@@ -348,37 +361,65 @@ class _Block:
         return None
 
     def _collect(
-        self, leaders: list[str], finished: set[str], inputs: list[torch.Tensor] | None
+        self,
+        stage: list[list[str]],
+        finished: set[str],
+        inputs: list[torch.Tensor] | None,
+        last: bool,
     ) -> dict[str, Statistics]:
-        device = self.worker.device
-        sums = {
-            n: HessianAccumulator(self.linears[n].in_features, device, self.asymmetric)
-            for n in leaders
-        }
+        """Statistics of the input of every group, under the name of its first linear.
+
+        last: nothing will be collected after this, so the original can run to the block's end, and
+        its states there take the place of those at the beginning.
+        """
+        sums = {group[0]: self._accumulator(group) for group in stage}
         with self._decoded(self._running()):
             for batch in range(len(self.streams.quantized)):
-                self._collect_batch(batch, sums, finished, inputs)
+                aims = self._dense_inputs(batch, list(sums), finished, last)
+                self._collect_batch(batch, sums, aims, inputs)
         return {n: s.statistics() for n, s in sums.items()}
+
+    def _accumulator(self, group: list[str]) -> HessianAccumulator:
+        linear, device = self.linears[group[0]], self.worker.device
+        alone = len(group) == 1 and 2 * linear.out_features <= linear.in_features
+        weight = linear.weight.detach().to(device) if alone else None
+        return HessianAccumulator(linear.in_features, device, self.asymmetric, weight)
+
+    def _dense_advances(self) -> bool:
+        """Whether the original's states at the block's end will be needed."""
+        return self.dense_path is not None and (self.advance or self.tuned)
+
+    def _dense_inputs(
+        self, batch: int, leaders: list[str], finished: set[str], last: bool
+    ) -> dict[str, torch.Tensor]:
+        """What these linears read in the original model."""
+        aims: dict[str, torch.Tensor] = {}
+        path, states = self.dense_path, self.streams.dense
+        if path is None or states is None or not self.asymmetric:
+            return aims
+        if last and self._dense_advances():
+            with _listening(path.block, leaders, aims, stop=False):
+                _run_through(path, states, [batch])
+            return aims
+        # The original block will not change: let a child that is done after this stage finish, and
+        # keep what it returns.
+        if not last:
+            path.recording |= finished
+        alone = len(finished) == 1 and len(leaders) == 1 and not last
+        path.stop_after = next(iter(finished)) if alone else None
+        with _listening(path.block, leaders, aims, stop=not alone):
+            path.run(batch, states[batch])
+        return aims
 
     def _collect_batch(
         self,
         batch: int,
         sums: dict[str, HessianAccumulator],
-        finished: set[str],
+        aims: dict[str, torch.Tensor],
         inputs: list[torch.Tensor] | None,
     ) -> None:
-        leaders = list(sums)
-        aims: dict[str, torch.Tensor] = {}
-        if self.asymmetric and self.dense_path is not None and self.streams.dense is not None:
-            # The original block will not change: let a child that is done after this stage finish,
-            # and keep what it returns.
-            self.dense_path.recording |= finished
-            alone = len(finished) == 1 and len(leaders) == 1
-            self.dense_path.stop_after = next(iter(finished)) if alone else None
-            with _listening(self.dense_path.block, leaders, aims, stop=not alone):
-                self.dense_path.run(batch, self.streams.dense[batch])
         seen: dict[str, torch.Tensor] = {}
-        with _listening(self.block, leaders, seen, stop=True):
+        with _listening(self.block, list(sums), seen, stop=True):
             self.path.run(batch, self.streams.quantized[batch])
         tokens = self.streams.quantized[batch].shape[:-1].numel()
         for name, x in seen.items():
@@ -392,7 +433,7 @@ class _Block:
     def _advance(self, running: list[str]) -> None:
         """Hidden states at the block's end, in the place of those at its beginning."""
         with self._decoded(running):
-            _run_through(self.path, self.streams.quantized)
+            _run_through(self.path, self.streams.quantized, range(len(self.streams.quantized)))
 
     def _tune(self, inputs: list[torch.Tensor]) -> None:
         """Train the block's codebooks and norms; the streams' dense states are at its end."""
@@ -436,13 +477,15 @@ class _Block:
         )
 
 
-def _run_through(path: BlockPath, hidden: list[torch.Tensor]) -> None:
+def _run_through(path: BlockPath, hidden: list[torch.Tensor], batches: Iterable[int]) -> None:
+    """Take these batches to the block's end. Nothing will be run on them again."""
     path.stop_after = None
     path.recording = set()
-    for batch, states in enumerate(hidden):
-        out = path.run(batch, states)
+    for batch in batches:
+        out = path.run(batch, hidden[batch])
         assert out is not None
         hidden[batch] = out.cpu()
+        path.forget(batch)
 
 
 def _child(linear: str) -> str:

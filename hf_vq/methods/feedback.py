@@ -117,10 +117,40 @@ def correction(pull: torch.Tensor, factor: Factor) -> torch.Tensor:
     The original model feeds the layer x_dense, the quantized one x. The weight that comes closest
     to ``W x_dense`` on x is ``W + W S H^-1`` with S = mean (x_dense - x) x^T, and the error of
     any Q is that of missing it, plus a constant: the asymmetric calibration of GPTAQ
-    (arXiv 2504.02692) as a change of target, good for any method. pull: W S, float32 (r, c).
+    (arXiv 2504.02692) as a change of target, good for any method. pull: W S, float32 (r, c), is
+    overwritten with the result.
     """
-    half = torch.linalg.solve_triangular(factor.upper.mT, pull, upper=False, left=False)
-    return torch.linalg.solve_triangular(factor.upper, half, upper=True, left=False)
+    upper = factor.upper
+    torch.linalg.solve_triangular(upper.mT, pull, upper=False, left=False, out=pull)
+    return torch.linalg.solve_triangular(upper, pull, upper=True, left=False, out=pull)
+
+
+def fold(factor: Factor, step: int = 256) -> torch.Tensor:
+    """Make H and R of `factor` share the array of H, for a time in which only R is needed.
+
+    R takes the upper triangle and the diagonal, H is symmetric and keeps what is below. Returns
+    the diagonal of H, which `unfold` needs.
+    """
+    h, upper = factor.hessian, factor.upper
+    diagonal = h.diagonal().clone()
+    for a in range(0, len(h), step):
+        b = a + step
+        h[a:b, a:b] = upper[a:b, a:b].triu() + h[a:b, a:b].tril(-1)
+        h[a:b, b:] = upper[a:b, b:]
+    factor.upper = h
+    return diagonal
+
+
+def unfold(factor: Factor, diagonal: torch.Tensor, step: int = 256) -> None:
+    """Give a folded factor its H back; R is gone."""
+    h = factor.hessian
+    for a in range(0, len(h), step):
+        b = a + step
+        below = h[a:b, a:b].tril(-1)
+        h[a:b, a:b] = below + below.mT
+        h[a:b, b:] = h[b:, a:b].mT
+    h.diagonal().copy_(diagonal)
+    factor.upper = torch.empty(0, 0, device=h.device)
 
 
 def sweep(
@@ -133,16 +163,16 @@ def sweep(
 ) -> torch.Tensor:
     """Choose the codes of `state` from left to right, each aiming at the compensated weight.
 
-    weight: float32 (r, c). upper: (c, c) from `factorize`. Panels of about `width` columns are
-    announced by ``begin_panel(start, stop, compensated)``, where compensated (r, stop - start) is
-    what their weights should be, given the codes of all columns left of them; the codebooks of
-    the panel's stripe must be in place when it returns. beam: as in `solve_panel`. Returns
-    ``weight - Q`` (r, c).
+    weight: float32 (r, c). upper: (c, c) from `factorize`, read on and above its diagonal only.
+    Panels of about `width` columns are announced by ``begin_panel(start, stop, compensated)``,
+    where compensated (r, stop - start) is what their weights should be, given the codes of all
+    columns left of them; the codebooks of the panel's stripe must be in place when it returns.
+    beam: as in `solve_panel`. Returns ``weight - Q`` (r, c).
     """
     d = state.dim
     error = torch.zeros_like(weight)
     for start, stop in state.panels(width):
-        inner = upper[start:stop, start:stop].contiguous()
+        inner = upper[start:stop, start:stop].triu()
         carried = error[:, :start] @ upper[:start, start:stop]
         shift = torch.linalg.solve_triangular(inner, carried, upper=True, left=False)
         begin_panel(start, stop, weight[:, start:stop] + shift)

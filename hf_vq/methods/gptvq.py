@@ -67,20 +67,12 @@ def quantize(
         statistics = Statistics(torch.eye(spec.in_features, device=weight.device), tokens=0)
     factor = statistics.factor(options.damping)
     notes = list(factor.notes)
-    size = _without_damping(weight.float(), factor)
     target, factor = _padded(weight.float(), factor, spec)
     solver = _Solver(target, factor, spec, options)
-    solver.sweep()
+    with statistics.factored(factor) as upper:
+        solver.sweep(upper)
     solver.refine()
-    error = (target - solver.state.decode())[: spec.out_features, : spec.in_features]
-    lost = _without_damping(error, statistics.factor(options.damping))
-    return Quantized(solver.codes(), lost / size if size > 0 else 0.0, notes)
-
-
-def _without_damping(matrix: torch.Tensor, factor: Factor) -> float:
-    """tr(M H M^T) for the Hessian as it was before damping."""
-    damped = float(((matrix @ factor.hessian) * matrix).sum(dtype=torch.float64))
-    return max(0.0, damped - factor.added * float(matrix.square().sum(dtype=torch.float64)))
+    return Quantized(solver.codes(), solver.relative_error(), notes)
 
 
 def _padded(aim: torch.Tensor, factor: Factor, spec: GPTVQSpec) -> tuple[torch.Tensor, Factor]:
@@ -132,8 +124,9 @@ class _Solver:
         self.scale_grid = torch.zeros(2, spec.num_scale_blocks, device=device)
 
     # -- sweep ---------------------------------------------------------------------------------
-    def sweep(self) -> None:
-        sweep(self.target, self.factor.upper, self.state, self._begin)
+    def sweep(self, upper: torch.Tensor) -> None:
+        """Codebooks and codes from left to right; the Hessian is not looked at."""
+        sweep(self.target, upper, self.state, self._begin)
 
     def _begin(self, start: int, stop: int, compensated: torch.Tensor) -> None:
         if start % self.spec.group_columns:
@@ -269,6 +262,23 @@ class _Solver:
             stored.values = factors = factors.half().float()
         state.codebooks = (factors @ basis).reshape(shape)
         return stored
+
+    # -- result -----------------------------------------------------------------------------------
+    def relative_error(self) -> float:
+        """tr(E H E^T) / tr(W H W^T) for the Hessian as it was before damping; 0 for W = 0."""
+        lost = size = 0.0
+        real = slice(0, self.spec.in_features)
+        for rows, _, part in self.state.row_chunks():
+            weight = self.target[rows] * part.row_mask
+            error = weight - part.decode() * part.row_mask
+            lost += self._without_damping(error[:, real])
+            size += self._without_damping(weight[:, real])
+        return max(0.0, lost) / size if size > 0 else 0.0
+
+    def _without_damping(self, matrix: torch.Tensor) -> float:
+        hessian = self.factor.hessian[: matrix.shape[1], : matrix.shape[1]]
+        damped = float(((matrix @ hessian) * matrix).sum(dtype=torch.float64))
+        return damped - self.factor.added * float(matrix.square().sum(dtype=torch.float64))
 
     def codes(self) -> GPTVQCodes:
         stored, scaled = self.stored, bool(self.spec.scale_block)

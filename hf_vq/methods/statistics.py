@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hf_vq.methods.feedback import Factor, factorize
+from hf_vq.methods.feedback import Factor, factorize, fold, unfold
 
 
 @dataclass
@@ -23,14 +23,18 @@ class Statistics:
 
     hessian: float32 (in_features, in_features), mean of x x^T over `tokens` tokens.
     shift: float32 (in_features, in_features) or None, mean of (x_dense - x) x^T where x_dense is
-    what the layer would have seen in the unquantized model. owned: nobody else needs `hessian`, so
-    `factor` may damp it in place: a wide layer can hardly spare a copy.
+    what the layer would have seen in the unquantized model. pull: in its place W @ shift, where
+    just one W reads the input. owned: nobody else needs `hessian`, so `factor` may damp it in
+    place: a wide layer can hardly spare a copy. last: owned, and only one more matrix will be
+    quantized with it, which `factored` makes use of.
     """
 
     hessian: torch.Tensor
     tokens: int
     shift: torch.Tensor | None = None
     owned: bool = False
+    pull: torch.Tensor | None = None
+    last: bool = False
     _factor: Factor | None = field(default=None, repr=False)
     _asked: float | None = field(default=None, repr=False)
 
@@ -42,6 +46,23 @@ class Statistics:
             self._factor = factorize(self.hessian, damping, in_place=self.owned)
             self._asked = damping
         return self._factor
+
+    @contextmanager
+    def factored(self, factor: Factor) -> Iterator[torch.Tensor]:
+        """The upper triangle R of `factor`, for as long as its Hessian is not needed.
+
+        What is below the diagonal is not to be read. Of the last matrix's own factor, H and R live
+        in one array meanwhile, and afterwards R is gone.
+        """
+        if not self.last or factor is not self._factor or factor.hessian is not self.hessian:
+            yield factor.upper
+            return
+        diagonal = fold(factor)
+        try:
+            yield factor.upper
+        finally:
+            unfold(factor, diagonal)
+            self._asked = None  # whoever asks again needs a new one
 
 
 @contextmanager
@@ -64,11 +85,23 @@ def exact_products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 class HessianAccumulator:
-    """Running sum of x x^T in float32 (and, when asked for, of x_dense x^T)."""
+    """Running sum of x x^T in float32 (and, when asked for, of x_dense x^T).
 
-    def __init__(self, in_features: int, device: torch.device | str, with_shift: bool = False):
+    weight: the only W that reads this input, (r, in_features), where ``W (x_dense - x) x^T`` is to
+    be summed instead; for a W that is much wider than high it is smaller and cheaper.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device | str,
+        with_shift: bool = False,
+        weight: torch.Tensor | None = None,
+    ):
         self.total = torch.zeros(in_features, in_features, device=device)
-        self.cross = torch.zeros_like(self.total) if with_shift else None
+        self.weight = weight if with_shift else None
+        rows = in_features if weight is None else len(weight)
+        self.cross = torch.zeros(rows, in_features, device=device) if with_shift else None
         self.tokens = 0
 
     def add(self, x: torch.Tensor, dense: torch.Tensor | None = None) -> None:
@@ -84,14 +117,23 @@ class HessianAccumulator:
             if dense is None or dense.shape != x.shape:
                 self.cross = None
             elif self.cross is not None:
-                self.cross.addmm_(dense.reshape(flat.shape).float().T, wide)
+                aim = dense.reshape(flat.shape).float()
+                if self.weight is not None:
+                    # Of a difference the bfloat16 units lose 2^-9, at random from token to token:
+                    # as much less than the shift itself varies between them
+                    aim = (aim - wide) @ self.weight.float().T
+                self.cross.addmm_(aim.T, wide)
         self.tokens += flat.shape[0]
 
     def statistics(self) -> Statistics:
         """The means. Takes the sums along: they are too large to be held twice."""
         tokens = max(self.tokens, 1)
-        shift, self.cross = self.cross, None
-        if shift is not None:
-            shift.sub_(self.total).div_(tokens)
+        cross, self.cross = self.cross, None
+        shift: torch.Tensor | None = None
+        pull: torch.Tensor | None = None
+        if cross is not None and self.weight is None:
+            shift = cross.sub_(self.total).div_(tokens)
+        elif cross is not None:
+            pull = cross.div_(tokens)
         hessian, self.total = self.total.div_(tokens), torch.empty(0)
-        return Statistics(hessian, self.tokens, shift, owned=True)
+        return Statistics(hessian, self.tokens, shift, owned=True, pull=pull)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_vq.configs import GPTVQConfig
 from hf_vq.engine import run
@@ -404,3 +407,105 @@ def test_models_that_are_no_plain_stack_are_refused(kind):
     model = fakes.model(kind, between="add" if kind == "plain" else "nothing")
     with pytest.raises(BlockError, match="plain stacks of decoder blocks"):
         work(model, fakes.ids(), plan=plan_for(model))
+
+
+# -- memory -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"true_sequential": False}])
+def test_nothing_of_a_finished_block_waits_for_the_garbage_collector(monkeypatch, options):
+    alive: dict[str, list[weakref.ref]] = {}
+    left = []
+
+    class Watched(run._Block):
+        def quantize(self, *args):
+            gone = [r for name, refs in alive.items() if name != self.name for r in refs]
+            left.extend(r() for r in gone if r() is not None)
+            assert self.dense_path is not None
+            parts = [self, self.path, self.dense_path, self.dense_path.block]
+            parts += [t for n in self.linears.values() for t in (n, n.weight)]
+            alive[self.name] = [weakref.ref(p) for p in parts]
+            super().quantize(*args)
+
+    monkeypatch.setattr(run, "_Block", Watched)
+    gc.collect()
+    gc.disable()
+    try:
+        work(tiny("llama"), tokens(3, 24), GPTVQConfig(3.0, **QUICK, **options))
+    finally:
+        gc.enable()
+    assert len(alive) == 2
+    assert left == []
+
+
+def test_states_between_blocks_are_those_of_both_models(small_batches, monkeypatch):
+    kept = []
+    real = run._Streams.__init__
+
+    def init(self, *args):
+        real(self, *args)
+        kept.append(self)
+
+    monkeypatch.setattr(run._Streams, "__init__", init)
+    dense, samples = tiny("llama", torch.float32), tokens(5, 24)
+    packed = copy.deepcopy(dense)
+    work(packed, samples)
+    first = f"{PREFIX['llama']}.1.input_layernorm"
+    (streams,) = kept
+    for model, states in ((packed, streams.quantized), (dense, streams.dense)):
+        found = torch.cat([s.reshape(-1, s.shape[-1]) for s in states]).double()
+        torch.testing.assert_close(found, inputs_of(model, first, samples), rtol=1e-4, atol=1e-4)
+
+
+def test_a_wide_layer_aims_at_the_same_by_less(monkeypatch):
+    # the only reader of a wide input gets W S without S: the same weights come out
+    def packed():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=32,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                vocab_size=64,
+            )
+        )
+        shapes.clear()
+        return work(model, tokens(8, 24) % 64)["matrices"]
+
+    shapes = []
+    real = HessianAccumulator.statistics
+
+    def spy(self):
+        shapes.append(None if self.cross is None else tuple(self.cross.shape))
+        return real(self)
+
+    monkeypatch.setattr(HessianAccumulator, "statistics", spy)
+    less = packed()
+    assert shapes[3] == (32, 96)
+    monkeypatch.setattr(
+        run._Block,
+        "_accumulator",
+        lambda self, group: HessianAccumulator(
+            self.linears[group[0]].in_features, "cpu", self.asymmetric
+        ),
+    )
+    whole = packed()
+    assert shapes[3] == (96, 96)
+    for a, b in zip(less, whole, strict=True):
+        assert a["relative_error"] == pytest.approx(b["relative_error"], rel=0.02)
+
+
+def test_only_narrow_models_keep_the_outputs_of_norms(monkeypatch):
+    kept = []
+    real = run.BlockPath.replay
+    monkeypatch.setattr(
+        run.BlockPath, "replay", lambda self, names: (kept.append(set(names)), real(self, names))
+    )
+    work(tiny("llama"), tokens(3, 24))
+    assert all("input_layernorm" in names for names in kept)
+    kept.clear()
+    monkeypatch.setattr(run, "_NARROW", 1)
+    work(tiny("llama"), tokens(3, 24))
+    assert kept and all(names == {"self_attn", "mlp"} for names in kept)

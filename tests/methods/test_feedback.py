@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vq.methods.feedback import correction, factorize, sweep
+from hf_vq.methods.feedback import correction, factorize, fold, sweep, unfold
 from tests.problems import hessian_of, normal, random_lookup, slow_decode
 
 
@@ -227,6 +227,26 @@ def test_sweep_is_gptq(monkeypatch, backend, d, columns, stripe, groups, scaled,
     sweep(weight, factor.upper, state, lambda *_: None, width)
     assert torch.equal(state.index, codes)
     assert close(state.decode(), expected, 1e-4)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 22])
+def test_a_folded_factor_holds_both(columns):
+    h = hessian_of(columns)
+    h = (h + h.T) / 2
+    factor, expected = factorize(h, 0.01), factorize(h, 0.01)
+    diagonal = fold(factor, step=5)
+    assert factor.upper is factor.hessian
+    assert torch.equal(factor.upper.triu(), expected.upper)
+    unfold(factor, diagonal, step=5)
+    assert torch.equal(factor.hessian, expected.hessian)
+
+
+def test_sweep_reads_nothing_below_the_diagonal():
+    states = [random_lookup(6, 22, 2, 9, groups=3, stripe=6) for _ in range(2)]
+    factor, weight = factorize(hessian_of(22), 0.01), normal(6, 22, seed=5)
+    sweep(weight, factor.upper, states[0], lambda *_: None, 4)
+    sweep(weight, factor.upper + normal(22, 22).tril(-1), states[1], lambda *_: None, 4)
+    assert torch.equal(states[0].index, states[1].index)
 
 
 def test_regression_anchor_uniform_grid_is_plain_gptq():

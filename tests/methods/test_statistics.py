@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_vq.methods.statistics import HessianAccumulator, exact_products_of
+from hf_vq.methods.statistics import HessianAccumulator, Statistics, exact_products_of
 from tests.problems import normal
 
 
@@ -67,6 +67,68 @@ def test_shift_is_the_cross_moment(dtype):
     shift = sums.statistics().shift
     assert float((shift.double() - expected).abs().max() / size) < 2e-6
     assert float(expected.abs().max() / size) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pull_is_the_weight_times_the_shift(dtype):
+    # bfloat16 differences are rounded in the sum, not what they are differences of
+    seen = batches(dtype)
+    meant = [(x + 0.1 * normal(*x.shape, seed=9)).to(dtype) for x in seen]
+    weight = normal(5, 37, seed=3).to(dtype)
+    whole = HessianAccumulator(37, "cpu", with_shift=True)
+    sums = HessianAccumulator(37, "cpu", with_shift=True, weight=weight)
+    for x, dense in zip(seen, meant, strict=True):
+        whole.add(x, dense)
+        sums.add(x, dense)
+    found, expected = sums.statistics(), whole.statistics()
+    assert found.shift is None
+    assert torch.equal(found.hessian, expected.hessian)
+    limit = 2e-5 if dtype is torch.float32 else 1e-2
+    assert worst(found.pull, weight.double() @ expected.shift.double()) < limit
+
+
+def test_no_pull_unasked_or_of_other_tokens():
+    weight = normal(5, 37)
+    x = batches(torch.float32)[0]
+    sums = HessianAccumulator(37, "cpu", weight=weight)
+    sums.add(x, x + 1)
+    assert sums.statistics().pull is None
+    sums = HessianAccumulator(37, "cpu", with_shift=True, weight=weight)
+    sums.add(x)
+    assert sums.statistics().pull is None
+
+
+def statistics_of(columns=22):
+    sums = HessianAccumulator(columns, "cpu")
+    sums.add(normal(4 * columns, columns))
+    return sums.statistics()
+
+
+def test_the_last_matrix_folds_the_factor():
+    found = statistics_of()
+    factor = found.factor(0.01)
+    hessian, upper = factor.hessian.clone(), factor.upper.clone()
+    with found.factored(factor) as given:
+        assert given is upper or torch.equal(given, upper)
+        assert factor.hessian is not given  # others may come
+    found.last = True
+    with found.factored(factor) as given:
+        assert given is factor.hessian
+        assert torch.equal(given.triu(), upper)
+    assert torch.allclose(factor.hessian, hessian, rtol=0, atol=1e-6)
+    again = found.factor(0.01)  # whoever asks all the same gets a new one
+    assert torch.allclose(again.upper, upper, rtol=0, atol=1e-5)
+    assert torch.allclose(again.hessian, hessian, rtol=0, atol=1e-5)
+
+
+def test_a_borrowed_hessian_is_not_folded():
+    h = statistics_of().hessian
+    before = h.clone()
+    found = Statistics(h, tokens=88, last=True)
+    factor = found.factor(0.01)
+    with found.factored(factor) as given:
+        assert given is not factor.hessian
+    assert torch.equal(h, before)
 
 
 def test_no_shift_when_nothing_moved():
