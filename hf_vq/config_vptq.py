@@ -132,7 +132,7 @@ class VPTQConfig(VQConfig):
         damping: float = 0.01,
         refine_iterations: int = 4,
         codebook_update: bool = True,
-        beam: int = 4,
+        beam: int = 8,
         error_feedback: bool = True,
         true_sequential: bool = True,
         asymmetric_calibration: bool = True,

@@ -2,8 +2,8 @@
 
 Quantizing makes every matrix right for itself. Once the codes of a whole decoder block are fixed,
 its codebooks, the norms of its packed matrices and the weights of its normalisation layers are
-trained together, by Adam on the mean squared error between what the packed block returns for the
-inputs it will really get and what the original one returns for its own. Tokens held out of the
+trained together, by Adam on the squared error between what the packed block returns for the inputs
+it will really get and what the original one returns for its own, relative per token. Tokens held out of the
 training decide which state is kept; if none is better than the one before, that one is.
 """
 
@@ -109,11 +109,9 @@ def _trainable_copy(
 ) -> tuple[nn.Module, list[str]]:
     """The block with float32 packed layers and norms that require grad; and the names of those.
 
-    It shares with `block` what is not trained.
+    Nothing of it is shared with `block`, whose parameters keep their dtype and their gradients.
     """
     model = twin(block)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     packed = []
     for name, layer in layers.items():
         spec = layer.spec.trainable
@@ -160,7 +158,10 @@ class _Runner:
     def squared_error(self, hidden: Tensor, target: Tensor) -> Tensor:
         args, kwargs = self.calls[tuple(hidden.shape[:-1])]
         out = first_output(self.model(hidden.to(self.device).float(), *args, **kwargs))
-        return (out - target.to(self.device).float()).square().mean()
+        target = target.to(self.device).float()
+        # The next block normalises every token: a few of huge norm must not drown the others
+        size = target.square().mean(-1).clamp_min(1e-12)
+        return ((out - target).square().mean(-1) / size).mean()
 
     @torch.no_grad()
     def loss(self, inputs: list[Tensor], targets: list[Tensor], which: list[int]) -> float:

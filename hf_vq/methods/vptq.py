@@ -41,7 +41,7 @@ class VPTQOptions:
     refine_iterations: int = 4
     codebook_update: bool = True
     codebook_update_iterations: int = 30
-    beam: int = 4
+    beam: int = 8
     seed: int = 0
 
 
