@@ -141,7 +141,11 @@ def _repair(
 
 
 def allocate_depths(
-    sensitivity: torch.Tensor, sizes: torch.Tensor, table: torch.Tensor, budget: int
+    sensitivity: torch.Tensor,
+    sizes: torch.Tensor,
+    table: torch.Tensor,
+    budget: int,
+    rates: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Depth 0..K-1 of every group of weights, uint8 (N,), within a budget in bits.
 
@@ -149,8 +153,10 @@ def allocate_depths(
     variance of its weights (G^2 S^2). sizes: integers (N,), weights per group, P. table: (K,), the
     quantizer's mean squared error at 0..K-1 bits per weight on data of unit variance, D(B).
     Minimizes ``sum P G^2 S^2 D(B)`` subject to ``sum P B <= budget``. Groups of no sensitivity get
-    no bits. Equal groups that cannot all get a bit get it in order. Raises AllocationError for a
-    negative budget, and for sensitivities that are negative or not finite.
+    no bits. Equal groups that cannot all get a bit get it in order. rates: (K,) non-decreasing
+    integers in the place of 0..K-1, where a depth takes other than its own number (whole words,
+    say). Raises AllocationError for a negative budget, and for sensitivities that are negative or
+    not finite.
     """
     u = sensitivity.double().flatten()
     p = sizes.to(u.device, torch.int64).expand(sensitivity.shape).flatten()
@@ -159,36 +165,51 @@ def allocate_depths(
     if not bool(torch.isfinite(u).all()) or bool((u < 0).any()):
         wrong = int((~torch.isfinite(u) | (u < 0)).sum())
         raise AllocationError(f"{wrong} of {len(u)} sensitivities are negative or not finite")
-    curve = table.double().tolist()
+    curve = _Curve(list(rates or range(len(table))), table.double().tolist())
     depths = _by_slope(u, p, curve, budget)
-    _spend(u, p, depths, curve, budget - int((p * depths).sum()))
+    spent = int((p * torch.tensor(curve.rates, device=u.device)[depths]).sum())
+    _spend(u, p, depths, curve, budget - spent)
     return depths.to(torch.uint8)
 
 
-def _by_slope(u: torch.Tensor, p: torch.Tensor, curve: list[float], budget: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Curve:
+    """Rate and distortion of every depth, per weight."""
+
+    rates: list[int]
+    distortions: list[float]
+
+
+def _by_slope(u: torch.Tensor, p: torch.Tensor, curve: _Curve, budget: int) -> torch.Tensor:
     """Depths int64 (N,) on the hull, for the smallest common slope that the budget allows.
 
-    Along the hull of the table a group takes a step if ``u * (drop per bit) > slope``. With the
+    Along the hull of the curve a group takes a step if ``u * (drop per bit) > slope``. With the
     groups sorted by u, the rate at any slope is a handful of look-ups.
     """
-    hull = lower_hull(range(len(curve)), curve)
-    steps = [(b - a, (curve[a] - curve[b]) / (b - a)) for a, b in itertools.pairwise(hull)]
+    hull = lower_hull(curve.rates, curve.distortions)
+    steps = [
+        (b - a, curve.rates[b] - curve.rates[a], curve.distortions[a] - curve.distortions[b])
+        for a, b in itertools.pairwise(hull)
+    ]
     depths = torch.zeros_like(p)
     if not steps or not len(u) or not bool((u > 0).any()):
         return depths
+    if hull[0]:  # deeper for nothing
+        depths += hull[0] * (u > 0)
     ordered, order = u.sort()
     weights = torch.cat([p.new_zeros(1), p[order].flip(0).cumsum(0)])  # of the k largest u
-    per_bit = torch.tensor([value for _, value in steps], dtype=u.dtype, device=u.device)
-    bits = torch.tensor([width for width, _ in steps], device=u.device)
+    values = [drop / bits for _, bits, drop in steps]
+    per_bit = torch.tensor(values, dtype=u.dtype, device=u.device)
+    widths = torch.tensor([bits for _, bits, _ in steps], device=u.device)
 
     def rate(slope: float) -> int:
         below = torch.searchsorted(ordered, slope / per_bit, right=True)
-        return int((weights[len(u) - below] * bits).sum())
+        return int((weights[len(u) - below] * widths).sum())
 
     # At `high` nobody takes a step, at `low` everybody does; doubles in between are bisected.
     positive = ordered[ordered > 0]
-    high = float(positive[-1]) * steps[0][1] * 2
-    low = float(positive[0]) * steps[-1][1] / 2
+    high = float(positive[-1]) * values[0] * 2
+    low = float(positive[0]) * values[-1] / 2
     if rate(low) <= budget:
         high = low
     for _ in range(_BISECTIONS):
@@ -196,29 +217,21 @@ def _by_slope(u: torch.Tensor, p: torch.Tensor, curve: list[float], budget: int)
         if not low < middle < high:
             break
         low, high = (low, middle) if rate(middle) <= budget else (middle, high)
-    for width, value in steps:
-        depths += width * (u > high / value)
+    for (deeper, _, _), value in zip(steps, values, strict=True):
+        depths += deeper * (u > high / value)
     return depths
 
 
 def _spend(
-    u: torch.Tensor, p: torch.Tensor, depths: torch.Tensor, curve: list[float], spare: int
+    u: torch.Tensor, p: torch.Tensor, depths: torch.Tensor, curve: _Curve, spare: int
 ) -> None:
     """Spend what is left, in place: the best drop per bit that fits, over and over."""
-    top = len(curve) - 1
-    # best[b, m]: the largest drop per bit from depth b in at most m more bits; taken: in how many
-    best = torch.zeros(top + 1, top + 1, dtype=u.dtype)
-    taken = torch.zeros(top + 1, top + 1, dtype=torch.int64)
-    for b in range(top + 1):
-        for m in range(1, top + 1):
-            best[b, m], taken[b, m] = best[b, m - 1], taken[b, m - 1]
-            drop = (curve[b] - curve[b + m]) / m if b + m <= top else 0.0
-            if drop > best[b, m]:
-                best[b, m], taken[b, m] = drop, m
-    best, taken = best.to(u.device), taken.to(u.device)
+    best, deeper = (table.to(u.device) for table in _best_moves(curve))
+    cost_of = torch.tensor(curve.rates, device=u.device)
+    most = best.shape[1] - 1
 
     def values(u: torch.Tensor, p: torch.Tensor, depths: torch.Tensor, spare: int) -> torch.Tensor:
-        return u * best[depths, (spare // p.clamp_min(1)).clamp_max(top)]
+        return u * best[depths, (spare // p.clamp_min(1)).clamp_max(most)]
 
     few = torch.arange(len(u), device=u.device)
     if len(u) > _LAST_ITEMS:
@@ -226,17 +239,34 @@ def _spend(
     u, p, now = u[few], p[few], depths[few]
     while spare > 0 and len(u):
         value = values(u, p, now, spare)
-        most = value.max()
-        if not bool(most > 0):
+        top = value.max()
+        if not bool(top > 0):
             break
         # groups alike to the last digit take their step together, as many of them as can
-        tied = (value == most).nonzero()[:, 0]
-        step = taken[now[tied], (spare // p[tied].clamp_min(1)).clamp_max(top)]
-        cost = step * p[tied]
+        tied = (value == top).nonzero()[:, 0]
+        before = now[tied]
+        after = before + deeper[before, (spare // p[tied].clamp_min(1)).clamp_max(most)]
+        cost = (cost_of[after] - cost_of[before]) * p[tied]
         fits = cost.cumsum(0) <= spare
-        now[tied[fits]] += step[fits]
+        now[tied[fits]] = after[fits]
         spare -= int(cost[fits].sum())
     depths[few] = now
+
+
+def _best_moves(curve: _Curve) -> tuple[torch.Tensor, torch.Tensor]:
+    """[b, m]: the largest drop per bit from depth b for at most m more bits; how much deeper."""
+    depths = len(curve.rates)
+    best = torch.zeros(depths, curve.rates[-1] + 1, dtype=torch.float64)
+    deeper = torch.zeros(depths, curve.rates[-1] + 1, dtype=torch.int64)
+    for b in range(depths):
+        for c in range(b + 1, depths):
+            bits = curve.rates[c] - curve.rates[b]
+            drop = curve.distortions[b] - curve.distortions[c]
+            # a depth that costs no more is taken with the next that does
+            worth = drop / bits if bits else 0.0
+            better = best[b, bits:] < worth
+            best[b, bits:][better], deeper[b, bits:][better] = worth, c - b
+    return best, deeper
 
 
 def closed_form_depths(

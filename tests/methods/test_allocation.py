@@ -176,7 +176,6 @@ def test_depths_are_within_the_hull_gap_of_the_best(u, sizes, budget, hollow):
     drop = max(float(table[a] - table[b]) for a, b in steps)
     bound = hull_bound(rates, curves, budget) + float((weights * p).max()) * drop
     assert found <= bound + 1e-9
-    assert found == pytest.approx(allocate(rates, curves, budget).distortion, rel=0.02)
 
 
 @pytest.mark.parametrize("mean", [0.5, 2.0, 2.37, 3.2, 5.0])
@@ -267,6 +266,23 @@ def test_many_groups():
     u, p = spread(n), torch.full((n,), 256)
     depths = allocate_depths(u, p, HIGH_RATE, n * 256 * 2 + 300)
     assert int((p * depths).sum()) == n * 256 * 2 + 256
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 999), st.integers(0, 40))
+def test_whole_words(seed, budget):
+    """Groups of 20 weights take ceil(20 B / 32) words: the third bit costs nothing."""
+    u, p = spread(5, seed), torch.ones(5, dtype=torch.int64)
+    words = [-(-20 * b // 32) for b in range(9)]
+    depths = allocate_depths(u, p, HIGH_RATE, budget, words)
+    spent = sum(words[b] for b in depths.tolist())
+    assert spent <= budget
+    assert spent == min(budget, 25)
+    free = [b for b in range(8) if words[b] == words[b + 1]]
+    assert not set(free) & set(depths.tolist())
+    curves = [[float(HIGH_RATE[b]) * x for b in range(9)] for x in u.tolist()]
+    found = distortion(u, p, HIGH_RATE, depths)
+    assert found <= allocate([words] * 5, curves, budget).distortion * (1 + 1e-9)
 
 
 def test_unusable_numbers():
