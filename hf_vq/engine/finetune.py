@@ -3,8 +3,8 @@
 Quantizing makes every matrix right for itself. Once the codes of a whole decoder block are fixed,
 its codebooks, the norms of its packed matrices and the weights of its normalisation layers are
 trained together, by Adam on the squared error between what the packed block returns for the inputs
-it will really get and what the original one returns for its own, relative per token. Tokens held out of the
-training decide which state is kept; if none is better than the one before, that one is.
+it will really get and what the original one returns for its own, relative per token. Tokens held
+out of the training decide which state is kept; if none is better than the one before, that one is.
 """
 
 from __future__ import annotations

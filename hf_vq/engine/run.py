@@ -147,7 +147,9 @@ class _Worker:
         spec = self.specs[name]
         options = self._options(name)
         if statistics is not None and pull is not None:
-            weight = correction(pull, statistics.factor(options.damping)).add_(weight)
+            weight = correction(pull, statistics.factor(options.damping, spec.descending)).add_(
+                weight
+            )
         result = self.method.quantize(weight, statistics, spec, options)
         tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
         bias = None if linear.bias is None else linear.bias.detach().cpu()

@@ -41,6 +41,11 @@ class LayerSpec(ABC):
         """Name -> shape and dtype of every tensor that stores this matrix (bias apart)."""
 
     @property
+    def descending(self) -> bool:
+        """Whether columns are quantized in order of descending Hessian diagonal."""
+        return False
+
+    @property
     def trainable(self) -> LayerSpec | None:
         """The same matrix with codebooks that an optimizer can move: float32. None: cannot be."""
         return None

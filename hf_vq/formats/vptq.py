@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from hf_vq.formats.base import LayerSpec, TensorLayout
-from hf_vq.formats.bitstream import pack_bits, packed_words, unpack_bits
+from hf_vq.formats.bitstream import (
+    from_16_bits,
+    pack_bits,
+    packed_words,
+    to_16_bits,
+    unpack_bits,
+)
 from hf_vq.formats.validation import FormatError, check_layout
 
 FORMAT_VERSION = "1.0"
@@ -121,6 +127,10 @@ class VPTQSpec(LayerSpec):
             "permuted",
             "false beyond 65536 columns, whose numbers need more than 16 bits",
         )
+
+    @property
+    def descending(self) -> bool:
+        return self.permuted or (self.num_groups == 1 and not self.outlier_columns)
 
     @property
     def trainable(self) -> VPTQSpec:
@@ -241,7 +251,7 @@ def pack(codes: VPTQCodes, spec: VPTQSpec) -> dict[str, Tensor]:
                 both = both | codes.res_indices.detach().to(torch.int64) << spec.main_bits
             out[name] = pack_bits(both, spec.index_bits)
         elif name in _INDICES or (name == "perm" and stored.dtype == torch.int16):
-            out[name] = _to_16_bits(values).view(stored.dtype).reshape(stored.shape)
+            out[name] = to_16_bits(values).view(stored.dtype).reshape(stored.shape)
         else:
             values = values.to(stored.dtype, copy=True, memory_format=torch.contiguous_format)
             out[name] = values.reshape(stored.shape)
@@ -265,7 +275,7 @@ def unpack(tensors: Mapping[str, Tensor], spec: VPTQSpec) -> VPTQCodes:
             if spec.num_res_centroids:
                 parts["res_indices"] = both >> spec.main_bits
         elif name in _INDICES or (name == "perm" and stored.dtype == torch.int16):
-            parts[field] = _from_16_bits(stored).reshape(shapes[field])
+            parts[field] = from_16_bits(stored).reshape(shapes[field])
         else:
             dtype = torch.float32 if stored.is_floating_point() else torch.int64
             parts[field] = stored.to(dtype, copy=True).reshape(shapes[field])
@@ -302,7 +312,7 @@ def check(tensors: Mapping[str, Tensor], spec: VPTQSpec, where: str) -> None:
     ):
         if name not in tensors or tensors[name].dtype == torch.int32 or centroids == 65536:
             continue  # every code of a bit stream is valid: codebooks are powers of two
-        indices = _from_16_bits(tensors[name])
+        indices = from_16_bits(tensors[name])
         beyond = indices >= centroids
         if bool(beyond.any()):
             group, block, column = beyond.nonzero()[0].tolist()
@@ -313,7 +323,7 @@ def check(tensors: Mapping[str, Tensor], spec: VPTQSpec, where: str) -> None:
             )
     if spec.permuted:
         perm = tensors["perm"]
-        perm = _from_16_bits(perm) if perm.dtype == torch.int16 else perm
+        perm = from_16_bits(perm) if perm.dtype == torch.int16 else perm
         if not torch.equal(perm.sort().values, torch.arange(len(perm), device=perm.device)):
             raise FormatError(
                 f"{where}: 'perm' is no permutation: it names {len(perm.unique())} different "
@@ -328,17 +338,6 @@ def check(tensors: Mapping[str, Tensor], spec: VPTQSpec, where: str) -> None:
 
 def _is_power_of_two(value: int, least: int) -> bool:
     return least <= value <= 65536 and value & (value - 1) == 0
-
-
-def _to_16_bits(values: Tensor) -> Tensor:
-    """Integers 0..65535 as the int16 of the same 16 bits."""
-    values = values.to(torch.int64)
-    return torch.where(values >= 2**15, values - 2**16, values).to(torch.int16).contiguous()
-
-
-def _from_16_bits(stored: Tensor) -> Tensor:
-    """The int64 integers 0..65535 that 16-bit elements of any dtype stand for."""
-    return stored.view(torch.int16).to(torch.int64) & 0xFFFF
 
 
 def _shapes(spec: VPTQSpec) -> dict[str, tuple[int, ...]]:

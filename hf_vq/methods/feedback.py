@@ -13,7 +13,7 @@ Both vector methods use it: GPTVQ with steps of `vector_dim` columns, VPTQ with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,7 +27,7 @@ class Factor:
 
     upper: float32 (c, c) upper triangular. hessian: the damped H that it factors. damping: relative
     to mean(diag H). added: the same, as what was added to the diagonal. notes: empty when nothing
-    unusual happened.
+    unusual happened. order: place -> input channel, where they are not in their own order.
     """
 
     upper: torch.Tensor
@@ -35,6 +35,7 @@ class Factor:
     damping: float
     added: float
     notes: list[str]
+    order: torch.Tensor | None = None
 
     def undamped(self, matrix: torch.Tensor) -> float:
         """tr(M H M^T) for the Hessian as it was before damping."""
@@ -120,7 +121,10 @@ def correction(pull: torch.Tensor, factor: Factor) -> torch.Tensor:
     (arXiv 2504.02692) as a change of target, good for any method. pull: W S, float32 (r, c), is
     overwritten with the result.
     """
-    upper = factor.upper
+    upper, order = factor.upper, factor.order
+    if order is not None:
+        sorted_pull = correction(pull[:, order], replace(factor, order=None))
+        return pull.index_copy_(1, order, sorted_pull)
     torch.linalg.solve_triangular(upper.mT, pull, upper=False, left=False, out=pull)
     return torch.linalg.solve_triangular(upper, pull, upper=True, left=False, out=pull)
 

@@ -37,15 +37,31 @@ class Statistics:
     last: bool = False
     _factor: Factor | None = field(default=None, repr=False)
     _asked: float | None = field(default=None, repr=False)
+    _order: torch.Tensor | None = field(default=None, repr=False)
 
-    def factor(self, damping: float) -> Factor:
-        """The damped and factored Hessian, shared by all matrices that read the same input."""
+    def factor(self, damping: float, descending: bool = False) -> Factor:
+        """The damped and factored Hessian, shared by all matrices that read the same input.
+
+        descending: with the channels in order of their mean square, largest first (`Factor.order`).
+        Asking for one order takes the place of the other.
+        """
+        if descending != (self._order is not None):
+            self._reorder(descending)
         if self._factor is None or self._asked != damping:
             if self._factor is not None and self.owned:
                 self.hessian.diagonal().sub_(self._factor.added)
             self._factor = factorize(self.hessian, damping, in_place=self.owned)
+            self._factor.order = self._order
             self._asked = damping
         return self._factor
+
+    def _reorder(self, descending: bool) -> None:
+        if self._factor is not None and self.owned:
+            self.hessian.diagonal().sub_(self._factor.added)
+        self._factor = None
+        new = descending_order(self.hessian) if self._order is None else self._order.argsort()
+        self.hessian, self.owned = self.hessian[new][:, new], True
+        self._order = new if descending else None
 
     @contextmanager
     def factored(self, factor: Factor) -> Iterator[torch.Tensor]:
@@ -63,6 +79,11 @@ class Statistics:
         finally:
             unfold(factor, diagonal)
             self._asked = None  # whoever asks again needs a new one
+
+
+def descending_order(hessian: torch.Tensor) -> torch.Tensor:
+    """Place in the order -> channel, for a Hessian (c, c)."""
+    return hessian.diagonal().argsort(descending=True, stable=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 
 from hf_vq.formats.vptq import FLOATS, VPTQCodes, VPTQSpec
 from hf_vq.methods import refine
-from hf_vq.methods.feedback import Factor, factorize, sweep
+from hf_vq.methods.feedback import Factor, sweep
 from hf_vq.methods.kmeans import kmeans
 from hf_vq.methods.lookup import Lookup
 from hf_vq.methods.statistics import Statistics
@@ -68,21 +68,15 @@ def quantize(
     weight = weight.float()
     if statistics is None:
         statistics = Statistics(torch.eye(spec.in_features, device=weight.device), tokens=0)
-    h = statistics.hessian
-    order = _order(h, spec)
-    factor = factorize(h[order][:, order], options.damping, in_place=True)
+    factor = statistics.factor(options.damping, spec.descending)
+    order = torch.arange(spec.in_features, device=weight.device)
+    if factor.order is not None:
+        order = factor.order
     target = weight[:, order]
     solver = _Solver(target, factor, _norm(target, spec, options.norm), spec, options)
     solver.solve()
     size, lost = factor.undamped(target), factor.undamped(solver.error())
     return Quantized(solver.codes(order), lost / size if size > 0 else 0.0, factor.notes)
-
-
-def _order(hessian: torch.Tensor, spec: VPTQSpec) -> torch.Tensor:
-    """Position -> column. Groups and outliers of a format without permutation stay in place."""
-    if not spec.permuted and (spec.num_groups > 1 or spec.outlier_columns):
-        return torch.arange(spec.in_features, device=hessian.device)
-    return hessian.diagonal().argsort(descending=True, stable=True)
 
 
 def _norm(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_vq.methods.feedback import correction, factorize
 from hf_vq.methods.statistics import HessianAccumulator, Statistics, exact_products_of
-from tests.problems import normal
+from tests.problems import hessian_of, normal
 
 
 def batches(dtype, columns=37, seed=0):
@@ -157,3 +158,33 @@ def test_no_tokens():
     assert found.tokens == 0
     assert torch.equal(found.hessian, torch.zeros(5, 5))
     assert torch.equal(found.shift, torch.zeros(5, 5))
+
+
+# -- the order of the channels --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_a_factor_in_descending_order(owned):
+    h = hessian_of(24, seed=3)
+    statistics = Statistics(h.clone(), 100, owned=owned)
+    plain = statistics.factor(0.01).upper.clone()
+    sorted_factor = statistics.factor(0.01, descending=True)
+    order = sorted_factor.order
+    assert order is not None and order.sort().values.tolist() == list(range(24))
+    assert (h.diagonal()[order].diff() <= 0).all()
+    expected = factorize(h[order][:, order], 0.01)
+    torch.testing.assert_close(sorted_factor.upper, expected.upper)
+    assert sorted_factor.added == pytest.approx(expected.added, rel=1e-5)
+    assert statistics.factor(0.01, descending=True) is sorted_factor
+    back = statistics.factor(0.01)
+    assert back.order is None
+    torch.testing.assert_close(back.upper, plain)
+
+
+def test_corrections_do_not_depend_on_the_order():
+    h, pull = hessian_of(24, seed=3), normal(7, 24, seed=4)
+    found = [
+        correction(pull.clone(), Statistics(h.clone(), 100).factor(0.01, descending))
+        for descending in (False, True)
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)

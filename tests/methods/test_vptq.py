@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_vq.formats.vptq import VPTQCodes, VPTQSpec
-from hf_vq.methods import vptq
+from hf_vq.methods import statistics, vptq
 from hf_vq.methods.feedback import factorize
 from hf_vq.methods.statistics import Statistics
 from hf_vq.methods.vptq import VPTQOptions, quantize
@@ -108,9 +108,9 @@ def test_the_same_matrix_gives_the_same_codes():
 
 def test_the_inputs_are_left_alone():
     weight, h = normal(12, 24), hessian_of(24)
-    given_weight, given_h = weight.clone(), Statistics(h.clone(), 100)
-    quantize(weight, given_h, VPTQSpec(12, 24, vector_dim=4, num_centroids=8))
-    assert torch.equal(weight, given_weight) and torch.equal(given_h.hessian, h)
+    given_weight, given_h = weight.clone(), h.clone()
+    quantize(weight, Statistics(given_h, 100), VPTQSpec(12, 24, vector_dim=4, num_centroids=8))
+    assert torch.equal(weight, given_weight) and torch.equal(given_h, h)
 
 
 def test_without_statistics_every_input_counts_the_same():
@@ -185,7 +185,7 @@ def test_pitfall_1_the_hessian_moves_into_the_normalised_space():
     # of the columns is that of the raw diagonal: keep it as it is
     options = VPTQOptions(damping=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vptq, "_order", lambda h, spec: torch.arange(32))
+        patch.setattr(statistics, "descending_order", lambda h: torch.arange(32))
         first = quantize(weight, statistics_of(h), spec, options)
         second = quantize(scaled, statistics_of(squeezed), spec, options)
     assert torch.equal(first.codes.indices, second.codes.indices)
@@ -254,7 +254,7 @@ def test_pitfall_9_columns_go_in_order_of_descending_importance():
     found = []
     for order in (torch.arange(96), ascending):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vptq, "_order", lambda h, spec, order=order: order)
+            patch.setattr(statistics, "descending_order", lambda h, order=order: order)
             found.append(run(weight, h, BARE, **fields)[0].relative_error)
     assert descending < 0.95 * found[0] and found[0] < 0.95 * found[1]
 
