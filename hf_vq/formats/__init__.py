@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_vq.formats import gptvq, layer_list, vptq, vptq_config
+from hf_vq.formats import cvxq, cvxq_config, gptvq, layer_list, vptq, vptq_config
 from hf_vq.formats.base import LayerSpec, TensorLayout
 from hf_vq.formats.validation import FormatError, check_layout, check_version
 
@@ -91,23 +91,7 @@ class Format:
         """
         if self.read_entry is not None:
             return self.read_entry(out_features, in_features, fields, where, dtype)
-        known = {f.name: f for f in dataclasses.fields(self.spec_class)}
-        del known["out_features"], known["in_features"]
-        problems = [f"unknown field {name!r}" for name in fields if name not in known]
-        problems += [
-            f"missing field {name!r}"
-            for name, field in known.items()
-            if name not in fields and field.default is dataclasses.MISSING
-        ]
-        if not problems:
-            try:
-                return self.spec_class(out_features=out_features, in_features=in_features, **fields)
-            except (ValueError, TypeError) as error:
-                problems.append(str(error))
-        raise FormatError(
-            f"{where}: config.json does not describe a {self.spec_class.method} layer: "
-            f"{'; '.join(problems)}."
-        )
+        return layer_list.read_entry(self.spec_class, out_features, in_features, fields, where)
 
 
 FORMATS: dict[str, Format] = {
@@ -128,6 +112,17 @@ FORMATS: dict[str, Format] = {
         is_current=lambda spec: spec.storage == "packed",
         modernize=vptq.modernize,
         adopt=vptq_config.adopt,
+    ),
+    "cvxq": Format(
+        cvxq.CVXQSpec,
+        cvxq.FORMAT_VERSION,
+        cvxq.pack,
+        cvxq.unpack,
+        cvxq.check,
+        read_layers=cvxq_config.read_layers,
+        read_entry=cvxq_config.read_entry,
+        has_bias=cvxq_config.has_bias,
+        write_layers=cvxq_config.write_layers,
     ),
 }
 

@@ -2,7 +2,7 @@
 
 Stream bit s of a row is bit (s mod 32) of the row's word (s div 32); code c occupies stream bits
 c*bits .. c*bits + bits - 1. Rows are padded with zero bits to whole 32-bit words. Words are stored
-as int32 tensors holding uint32 bit patterns.
+as int32 tensors holding uint32 bit patterns, and 16-bit numbers as int16 tensors alike.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ def unpack_bits(words: Tensor, bits: int, n: int) -> Tensor:
             f"got {words.dtype} {tuple(words.shape)}"
         )
     return hf_vq_kernels.bits.unpack_bits(words, bits, n).to(torch.int64) & (2**bits - 1)
+
+
+def to_16_bits(values: Tensor) -> Tensor:
+    """Integers 0..65535 as the int16 of the same 16 bits."""
+    values = values.to(torch.int64)
+    return torch.where(values >= 2**15, values - 2**16, values).to(torch.int16).contiguous()
+
+
+def from_16_bits(stored: Tensor) -> Tensor:
+    """The int64 integers 0..65535 that 16-bit elements of any dtype stand for."""
+    return stored.view(torch.int16).to(torch.int64) & 0xFFFF
 
 
 def _check_bits(bits: int) -> None:

@@ -11,15 +11,24 @@ description.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
 
 import torch
+from hf_vq_kernels.cvxq_reference import expand_location, expand_scales
 from torch import Tensor
 
 from hf_vq.formats.base import LayerSpec, TensorLayout
-from hf_vq.formats.bitstream import packed_words
+from hf_vq.formats.bitstream import (
+    from_16_bits,
+    pack_bits,
+    packed_words,
+    to_16_bits,
+    unpack_bits,
+)
+from hf_vq.formats.validation import FormatError, check_layout
 
 FORMAT_VERSION = "1.0"
 
@@ -145,3 +154,205 @@ def group_words(depths: Tensor, group_rows: int) -> Tensor:
 def count_words(depths: Tensor, group_rows: int) -> int:
     """`CVXQSpec.num_words` of a matrix with these depths."""
     return int(group_words(depths, group_rows).sum())
+
+
+def pack(codes: CVXQCodes, spec: CVXQSpec) -> dict[str, Tensor]:
+    """The tensors of `spec.layout()`, contiguous, on the device of `codes`, which stay as they are.
+
+    Floats are rounded to their stored dtype. Raises ValueError for codes that do not fit the spec:
+    a part missing or superfluous, another shape, a value outside its range, depths that ask for
+    another number of words.
+    """
+    _check_codes(codes, spec)
+    out: dict[str, Tensor] = {}
+    for name, stored in spec.layout().items():
+        if name == "words":
+            out[name] = _pack_words(codes, spec)
+        elif name == "depths":
+            out[name] = pack_bits(codes.depths, 4)
+        elif stored.dtype == torch.int16:
+            out[name] = to_16_bits(codes.row_perm.detach())  # type: ignore[union-attr]
+        else:
+            values = getattr(codes, name).detach()
+            out[name] = values.to(stored.dtype, copy=True, memory_format=torch.contiguous_format)
+    return out
+
+
+def _pack_words(codes: CVXQCodes, spec: CVXQSpec) -> Tensor:
+    depths = codes.depths.to(torch.int64)
+    words = torch.zeros(spec.num_words, dtype=torch.int32, device=depths.device)
+    if depths.is_meta:
+        return words
+    first = _first_words(depths, spec.group_rows)
+    for depth in range(1, MAX_DEPTH + 1):
+        groups = depths == depth
+        packed = pack_bits(codes.codes.detach()[groups], depth)
+        offsets = torch.arange(packed.shape[1], device=depths.device)
+        words[first[groups].unsqueeze(1) + offsets] = packed
+    return words
+
+
+def unpack(tensors: Mapping[str, Tensor], spec: CVXQSpec) -> CVXQCodes:
+    """The codes stored in `tensors`: depths, scale codes and int8 locations as they are stored,
+    other integers as int64, all floats as float32.
+
+    `pack(unpack(tensors))` gives `tensors` back. Trusts its input; run `check` before.
+    """
+    parts: dict[str, Tensor] = {}
+    for name, dtype in ((name, stored.dtype) for name, stored in spec.layout().items()):
+        stored = tensors[name].detach()
+        if name == "depths":
+            parts[name] = unpack_bits(stored, 4, spec.in_features).to(torch.uint8)
+        elif name == "row_perm":
+            parts[name] = from_16_bits(stored) if dtype == torch.int16 else stored.long()
+        elif name != "words":
+            parts[name] = stored.to(torch.float32 if dtype.is_floating_point else dtype, copy=True)
+    return CVXQCodes(codes=_unpack_words(tensors["words"].detach(), parts["depths"], spec), **parts)
+
+
+def _unpack_words(words: Tensor, depths: Tensor, spec: CVXQSpec) -> Tensor:
+    shape = (*depths.shape, spec.group_rows)
+    codes = torch.zeros(shape, dtype=torch.int64, device=words.device)
+    if words.is_meta:
+        return codes
+    first = _first_words(depths, spec.group_rows)
+    for depth in range(1, MAX_DEPTH + 1):
+        groups = depths == depth
+        offsets = torch.arange(packed_words(spec.group_rows, depth), device=words.device)
+        packed = words[first[groups].unsqueeze(1) + offsets]
+        codes[groups] = unpack_bits(packed, depth, spec.group_rows)
+    return codes
+
+
+def check(tensors: Mapping[str, Tensor], spec: CVXQSpec, where: str) -> None:
+    """Refuse, with a `FormatError` naming layer `where`, tensors that cannot be decoded.
+
+    Missing, unexpected, wrongly shaped or typed tensors; depths beyond 8 or of another number of
+    words; a permutation that is none; values that are not finite, or decode to such. On meta
+    tensors only what needs no values is checked.
+    """
+    check_layout(tensors, spec, where)
+    if any(t.is_meta for t in tensors.values()):
+        return
+    damaged = "the file is damaged; download or quantize it again."
+    depths = unpack_bits(tensors["depths"], 4, spec.in_features)
+    beyond = depths > MAX_DEPTH
+    if bool(beyond.any()):
+        cluster, column = beyond.nonzero()[0].tolist()
+        raise FormatError(
+            f"{where}: {int(beyond.sum())} of {depths.numel()} depths are beyond {MAX_DEPTH} bits "
+            f"(first: cluster {cluster}, column {column}, {int(depths[cluster, column])} bits); "
+            f"{damaged}"
+        )
+    words = count_words(depths, spec.group_rows)
+    if words != spec.num_words:
+        raise FormatError(
+            f"{where}: 'depths' ask for {words} words of codes, but there are {spec.num_words}; "
+            f"{damaged}"
+        )
+    if spec.permuted:
+        perm = tensors["row_perm"]
+        perm = from_16_bits(perm) if perm.dtype == torch.int16 else perm.long()
+        if not torch.equal(perm.sort().values, torch.arange(len(perm), device=perm.device)):
+            raise FormatError(
+                f"{where}: 'row_perm' is no permutation: it names {len(perm.unique())} different "
+                f"rows from {int(perm.min())} to {int(perm.max())} of the {len(perm)}; {damaged}"
+            )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{where}: {name!r} holds values that are not finite; {damaged}")
+    if spec.scale_dtype == "log8":
+        largest = _largest_exponent(tensors["scale_grid"])
+        if largest > _MOST_EXPONENT:
+            raise FormatError(
+                f"{where}: 'scale_grid' asks for scales up to 2**{largest:g}, beyond those of "
+                f"float32 weights; {damaged}"
+            )
+
+
+_MOST_EXPONENT = 124.0
+"""Levels and int8 locations are below 2**3, and float32 below 2**128."""
+
+
+def _largest_exponent(scale_grid: Tensor) -> float:
+    offset, step = scale_grid.double()
+    return float(torch.maximum(offset, offset + 255 * step).max())
+
+
+def widen(tensors: Mapping[str, Tensor], spec: CVXQSpec) -> tuple[dict[str, Tensor], CVXQSpec]:
+    """The same matrix with scales, and locations if it has any, as float32: tensors and spec.
+
+    Decodes to the same weights, bit for bit, also where `spec.trainable` is None. Trusts its
+    input; run `check` before.
+    """
+    wide = dataclasses.replace(
+        spec, scale_dtype="float32", location="none" if spec.location == "none" else "float32"
+    )
+    out = {name: tensors[name] for name in wide.layout() if name in tensors}
+    scales = tensors["scales" if "scales" in tensors else "scale_codes"].detach()
+    out["scales"] = expand_scales(scales, tensors.get("scale_grid"))
+    if "location" in tensors:
+        out["location"] = expand_location(tensors["location"].detach(), out["scales"])
+    return {name: out[name] for name in wide.layout()}, wide
+
+
+def _first_words(depths: Tensor, group_rows: int) -> Tensor:
+    """Number of the first word of every group, of the shape of `depths`."""
+    words = group_words(depths, group_rows).flatten()
+    return (words.cumsum(0) - words).view(depths.shape)
+
+
+def _check_codes(codes: CVXQCodes, spec: CVXQSpec) -> None:
+    """Refuse codes that `pack` could not store without changing what they mean."""
+    groups = (spec.num_clusters, spec.in_features)
+    layout = spec.layout()
+    shapes = {name: stored.shape for name, stored in layout.items()}
+    shapes |= {"depths": groups, "codes": (*groups, spec.group_rows)}
+    ranges = {
+        "depths": (0, MAX_DEPTH),
+        "scale_codes": (0, 255),
+        "row_perm": (0, spec.out_features - 1),
+    }
+    if spec.location == "int8":
+        ranges["location"] = (-128, 127)
+    for field in dataclasses.fields(codes):
+        name, values = field.name, getattr(codes, field.name)
+        if (values is None) != (name not in shapes):
+            state = "missing from" if values is None else "not part of"
+            raise ValueError(f"{name} is {state} the codes of {spec}")
+        if values is None:
+            continue
+        if tuple(values.shape) != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}, expected {shapes[name]}")
+        if (name == "codes" or name in ranges) and values.is_floating_point():
+            raise ValueError(f"{name} must be integers, got {values.dtype}")
+        if values.is_meta or name == "codes":
+            continue
+        if name in ranges:
+            low, high = ranges[name]
+            smallest, largest = int(values.min()), int(values.max())
+            if smallest < low or largest > high:
+                raise ValueError(f"{name} spans {smallest}..{largest}, allowed are {low}..{high}")
+        elif not bool(torch.isfinite(values.to(layout[name].dtype)).all()):
+            raise ValueError(f"{name} holds values that are not finite in {layout[name].dtype}")
+    if codes.depths.is_meta:
+        return
+    words = count_words(codes.depths, spec.group_rows)
+    if words != spec.num_words:
+        raise ValueError(f"the depths ask for {words} words, but num_words is {spec.num_words}")
+    if codes.row_perm is not None and len(codes.row_perm.unique()) < spec.out_features:
+        raise ValueError("row_perm is no permutation: it names a row twice")
+    if codes.scale_grid is not None:
+        largest_exponent = _largest_exponent(codes.scale_grid.half())
+        if largest_exponent > _MOST_EXPONENT:
+            raise ValueError(f"scale_grid asks for scales up to 2**{largest_exponent:g}")
+    for depth in range(MAX_DEPTH + 1):
+        values = codes.codes[codes.depths == depth]
+        if values.numel() and (int(values.min()) < 0 or int(values.max()) >= 1 << depth):
+            raise ValueError(
+                f"codes of {depth} bits span {int(values.min())}..{int(values.max())}, allowed are "
+                f"0..{(1 << depth) - 1}"
+            )
+    beyond = spec.num_clusters * spec.group_rows - spec.out_features
+    if beyond and bool(codes.codes[-1, :, -beyond:].any()):
+        raise ValueError("codes of rows beyond the last one of the matrix must be 0")

@@ -6,6 +6,7 @@ keeps the config of a large model small.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,3 +34,33 @@ def write_layers(layers: Mapping[str, tuple[LayerSpec, bool]]) -> list[dict[str,
         entry = entries.setdefault(repr(sorted(fields.items())), {"modules": [], **fields})
         entry["modules"].append(name)
     return list(entries.values())
+
+
+def read_entry(
+    spec_class: type[LayerSpec],
+    out_features: int,
+    in_features: int,
+    fields: Mapping[str, Any],
+    where: str,
+) -> LayerSpec:
+    """The spec of one layer, of the shape that the model says, from the fields of its entry.
+
+    Raises `FormatError` naming layer `where` for fields that are unknown, missing or impossible.
+    """
+    known = {f.name: f for f in dataclasses.fields(spec_class)}
+    del known["out_features"], known["in_features"]
+    problems = [f"unknown field {name!r}" for name in fields if name not in known]
+    problems += [
+        f"missing field {name!r}"
+        for name, field in known.items()
+        if name not in fields and field.default is dataclasses.MISSING
+    ]
+    if not problems:
+        try:
+            return spec_class(out_features=out_features, in_features=in_features, **fields)
+        except (ValueError, TypeError) as error:
+            problems.append(str(error))
+    raise FormatError(
+        f"{where}: config.json does not describe a {spec_class.method} layer: "
+        f"{'; '.join(problems)}."
+    )

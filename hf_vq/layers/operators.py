@@ -9,6 +9,7 @@ import hf_vq_kernels
 import torch
 from torch import Tensor
 
+from hf_vq.formats.cvxq import CVXQSpec
 from hf_vq.formats.gptvq import GPTVQSpec
 from hf_vq.formats.vptq import VPTQSpec
 
@@ -85,7 +86,37 @@ def _vptq_dequantize(packed: Packed, spec: VPTQSpec, dtype: torch.dtype) -> Tens
     return hf_vq_kernels.vptq_dequantize(*tensors, spec.in_features, *_vptq_geometry(spec), dtype)
 
 
+def _cvxq_tensors(packed: Packed) -> tuple[Tensor | None, ...]:
+    """The stored tensors in the operators' order; codes on a grid take the place of scales."""
+    return (
+        packed["words"],
+        packed["depths"],
+        packed["scale_codes"] if "scale_codes" in packed else packed["scales"],
+        packed.get("scale_grid"),
+        packed.get("location"),
+        packed.get("row_perm"),
+    )
+
+
+def _cvxq_linear(x: Tensor, packed: Packed, spec: CVXQSpec, bias: Tensor | None) -> Tensor:
+    return hf_vq_kernels.cvxq_linear(
+        x, *_cvxq_tensors(packed), bias, spec.out_features, spec.group_rows, spec.levels
+    )
+
+
+def _cvxq_dequantize(packed: Packed, spec: CVXQSpec, dtype: torch.dtype) -> Tensor:
+    return hf_vq_kernels.cvxq_dequantize(
+        *_cvxq_tensors(packed),
+        spec.in_features,
+        spec.out_features,
+        spec.group_rows,
+        spec.levels,
+        dtype,
+    )
+
+
 OPERATORS: dict[str, Operator] = {
     "gptvq": Operator(_gptvq_linear, _gptvq_dequantize),
     "vptq": Operator(_vptq_linear, _vptq_dequantize),
+    "cvxq": Operator(_cvxq_linear, _cvxq_dequantize),
 }
