@@ -5,8 +5,8 @@ input column for a norm and 16 for a permutation, and 16 per vector of the outli
 all geometries that cost no more than the target, the one with the least expected error is taken.
 The expected error is a fit, not a theory: 4**-rate times what k-means reaches on Gaussian vectors
 (measured, below), times n**ADAPTATION for how closely the codebooks can follow the weights, n the
-number of weights per codebook number, times factors for the norm, the permutation and whatever
-makes decoding slower.
+number of weights per codebook number, times factors for the norm, the order of the columns and
+whatever makes decoding slower.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ GAUSSIAN_FACTOR = {
 """Vector dimension -> mean squared error of k-means on unit Gaussian data times 4**rate: the
 geometric mean of the error on the training vectors (64 per centroid; 32 at 12 bits) and on others.
 At 1 bit, and for 10 dimensions, interpolated."""
-RESIDUAL_EXPONENT = 0.65
+RESIDUAL_EXPONENT = 0.8
 """Two stages reach F(main bits) * F(residual bits)**this, F as above. Measured from 16 + 16 to
 256 + 256 centroids in 2 to 16 dimensions: 0.9 to 1.5 if every stage takes its nearest centroid,
 0.7 to 0.95 with a beam of 8 main centroids, 0.45 to 0.8 if the codebooks are then refitted; 0.55
-to 0.7 fits matrices of a small language model, quantized with feedback and refinement."""
+to 1.2 in matrices of a small language model, quantized with feedback and refinement."""
 
 # -- Preferences, all of them -----------------------------------------------------------
 ADAPTATION = 0.01
@@ -47,9 +47,9 @@ ADAPTATION = 0.01
 nothing; where it costs next to nothing it may."""
 NORM_FACTOR = 0.98
 """Error with a scale and bias per column, relative to none (measured there: 0.98 to 0.99)."""
-PERMUTE_FACTOR = 0.98
-"""Error of groups that are bands of columns of similar Hessian diagonal, relative to groups of
-neighbours (measured: 0.97 to 0.99). One group is quantized in that order without storing it."""
+UNSORTED_FACTOR = 1.03
+"""Error of groups of neighbouring columns relative to one group, or to groups of a permutation:
+those are quantized in order of descending Hessian diagonal (measured: 1.015 to 1.03)."""
 OUTLIER_MASS = 0.065
 """Share of the error that the worst 1 % of the columns holds; it grows as the root of their number
 (VPTQ, table 7: 1, 2 and 5 % outliers lower the log perplexity lost by 6.5, 10.6 and 13.7 %)."""
@@ -70,7 +70,7 @@ LARGE_VECTORS_PER_CENTROID = 64
 LARGE_PENALTY = 0.02
 MIN_VECTORS_PER_CENTROID = 4
 """Fewer make a codebook a list of the weights."""
-RESIDUAL_PENALTY = 0.01
+RESIDUAL_PENALTY = 0.04
 """Relative error charged for the second look-up of a residual codebook."""
 GROUP_PENALTY = 0.005
 """Relative error charged for every doubling of the codebooks that decoding needs at once."""
@@ -185,7 +185,9 @@ def _candidates(
                         total = cost + norm * 2 * columns * float_bits + permuted * columns * 16
                         if total > budget:
                             continue
-                        factor = (NORM_FACTOR if norm else 1) * (PERMUTE_FACTOR if permuted else 1)
+                        factor = NORM_FACTOR if norm else 1
+                        if groups > 1 and not permuted:
+                            factor *= UNSORTED_FACTOR
                         fields = _Fields(dim, main, res, groups, outliers, v0, b0, norm, permuted)
                         yield _Choice(error * factor, total / (rows * columns), fields)
 
