@@ -26,7 +26,10 @@ class Statistics:
     what the layer would have seen in the unquantized model. pull: in its place W @ shift, where
     just one W reads the input. owned: nobody else needs `hessian`, so `factor` may damp it in
     place: a wide layer can hardly spare a copy. last: owned, and only one more matrix will be
-    quantized with it, which `factored` makes use of.
+    quantized with it, which `factored` makes use of. sensitivity: float32, up to a factor, what an
+    error counts in every row (out_features,) or weight (out_features, in_features) of the one
+    matrix it is for (the mean square of a gradient); None: the same in all rows, and in the
+    columns what the Hessian says.
     """
 
     hessian: torch.Tensor
@@ -38,6 +41,7 @@ class Statistics:
     _factor: Factor | None = field(default=None, repr=False)
     _asked: float | None = field(default=None, repr=False)
     _order: torch.Tensor | None = field(default=None, repr=False)
+    sensitivity: torch.Tensor | None = None
 
     def factor(self, damping: float, descending: bool = False) -> Factor:
         """The damped and factored Hessian, shared by all matrices that read the same input.
