@@ -106,6 +106,7 @@ def _choose(
     rows: int, columns: int, bits: float | None, fixed: tuple[tuple[str, Any], ...]
 ) -> VPTQSpec:
     overrides = dict(fixed)
+    _refuse_impossible(rows, columns, overrides)
     # nearly always one of the first fits: the spec's padding is all that can stand in its way
     for most in (50, None):
         found = _candidates(rows, columns, bits, overrides)
@@ -115,6 +116,29 @@ def _choose(
             if bits is None or spec.bits_per_weight <= bits * (1 + 1e-12):
                 return spec
     raise ValueError(_out_of_reach(rows, columns, bits, overrides))
+
+
+def _refuse_impossible(rows: int, columns: int, overrides: dict[str, Any]) -> None:
+    """Raise ValueError for given fields that no matrix of this shape can have."""
+    groups = overrides.get("num_groups", 1)
+    outliers = any(percent > 0 for percent in _outlier_percents(overrides))
+    if columns % groups and not outliers:  # outlier columns can take up the rest
+        even = [g for g in range(1, min(columns, 4 * groups) + 1) if columns % g == 0]
+        near = min(even, key=lambda g: abs(g - groups))
+        raise ValueError(
+            f"num_groups={groups} does not divide the {columns} columns of a {rows} x {columns} "
+            f"matrix; the nearest that does is {near}"
+        )
+    dim = overrides.get("vector_dim", min(VECTOR_DIMS))
+    vectors = math.ceil(rows / dim) * columns // groups
+    for name in ("num_centroids", "num_res_centroids"):
+        if overrides.get(name, 0) > vectors:
+            raise ValueError(
+                f"{name}={overrides[name]} is more than the {vectors} vectors of {dim} weights in "
+                f"a group of a {rows} x {columns} matrix; take at most "
+                f"{2 ** int(math.log2(vectors))} for it, with overrides, or leave it dense with "
+                "modules_to_not_convert"
+            )
 
 
 class _Fields(NamedTuple):

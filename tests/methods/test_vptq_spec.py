@@ -144,8 +144,8 @@ def test_without_a_target_the_fields_are_all_there_is():
     ("shape", "bits", "fields", "message"),
     [
         ((8, 16), 1.0, {}, r"8 x 16 matrix; reachable: [\d.]+ to"),
-        ((64, 64), 2.0, {"vector_dim": 8, "num_centroids": 4096}, "vector_dim=8.*reachable"),
-        ((64, 64), 2.0, {"num_groups": 3}, "exclude each other"),
+        ((64, 64), 2.0, {"vector_dim": 8, "num_centroids": 512}, "vector_dim=8.*reachable"),
+        ((64, 64), 2.0, {"num_groups": 3}, "num_groups=3 does not divide the 64 columns"),
         ((64, 64), 2.0, {"num_centroids": 48}, "power of two"),
     ],
 )
@@ -186,3 +186,20 @@ def test_the_table_of_factors_is_complete_and_sensible():
         )
     values = [vptq_spec._gaussian(4, b) for b in range(1, 17)]
     assert values[0] == 1.20 and values[-1] == 1.55 and values[6] == pytest.approx(1.505)
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+@pytest.mark.parametrize("field", ["num_centroids", "num_res_centroids"])
+def test_more_centroids_than_vectors_are_refused(bits, field):
+    given = {"vector_dim": 8, "num_centroids": 16, field: 1024}
+    with pytest.raises(ValueError, match=f"{field}=1024 is more than the 600 vectors.*at most 512"):
+        choose_spec(33, 120, bits, given)
+    given[field] = 512
+    assert choose_spec(33, 120, None, given).num_weights == 33 * 120
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+def test_groups_that_do_not_come_out_even_are_refused(bits):
+    given = {"vector_dim": 4, "num_centroids": 16, "num_groups": 7}
+    with pytest.raises(ValueError, match="num_groups=7 does not divide the 120 columns"):
+        choose_spec(64, 120, bits, given)
