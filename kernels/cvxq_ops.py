@@ -168,7 +168,7 @@ def _dequantize_default(
             if order is None:
                 weight[rows] = values
             else:
-                weight.index_copy_(0, order[rows], values.to(dtype))
+                weight.index_copy_(0, order[rows], values.to(dtype).contiguous())
     return weight
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Vectors decoded at once; 2**25 where a device is not named. A CPU's slice should fit its cache.
 VECTORS_AT_ONCE = {"cpu": 2**17}
@@ -29,5 +30,22 @@ def look_up(table: Tensor, flat: Tensor) -> Tensor:
     whole_vector = _WIDE.get(d * table.element_size())
     if whole_vector is None:
         return table.index_select(0, flat.flatten()).view(flat.shape[0], -1)
-    picked = table.view(whole_vector).view(n).index_select(0, flat.flatten())
+    picked = (
+        _aligned(table, d * table.element_size())
+        .view(whole_vector)
+        .view(n)
+        .index_select(0, flat.flatten())
+    )
     return picked.view(table.dtype).view(flat.shape[0], -1)
+
+
+def _aligned(table: Tensor, size: int) -> Tensor:
+    """`table`, or a copy of it, from an address that elements of `size` bytes may have.
+
+    A tensor that lies in a mapped file starts where it happened to be written, and the CPU's
+    copies of 16 bytes fault on an address that is no multiple of 16.
+    """
+    if torch.compiler.is_compiling() or isinstance(table, FakeTensor):
+        return table  # without data, for shape inference
+    offset = table.storage_offset() * table.element_size()  # `view` looks at this one
+    return table.clone() if table.data_ptr() % size or offset % size else table

@@ -116,7 +116,7 @@ def test_ledger_of_what_others_packed(generation, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_codebooks_keep_the_dtype_of_the_file(dtype, tmp_path):
-    entries, _ = publish(tmp_path / "a", codebook_dtype=dtype)
+    entries, dense = publish(tmp_path / "a", codebook_dtype=dtype)
     edit_config(tmp_path / "a", **listed(entries))
     written = load_file(tmp_path / "a" / "model.safetensors")
     load(tmp_path / "a", dtype=torch.float32).save_pretrained(tmp_path / "b")
@@ -126,6 +126,7 @@ def test_codebooks_keep_the_dtype_of_the_file(dtype, tmp_path):
         for part, tensor in layer.packed().items():
             assert tensor.dtype == written[f"{name}.{part}"].dtype
             assert torch.equal(tensor, written[f"{name}.{part}"])
+    assert_weights(model, dense)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", DISK])
