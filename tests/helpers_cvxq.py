@@ -80,7 +80,7 @@ def cvxq_specs(draw: st.DrawFn) -> tuple[CVXQSpec, int]:
     """Any valid spec of a small matrix, and the seed that gives `random_cvxq` its depths."""
     seed = draw(st.integers(0, 2**32))
     rows = draw(st.integers(1, 70))
-    group_rows = draw(st.integers(1, rows) | st.sampled_from([n for n in (8, 32) if n <= rows]))
+    group_rows = draw(st.integers(1, rows) | st.sampled_from([min(8, rows), min(32, rows)]))
     spec = with_depths(
         rows,
         draw(st.integers(1, 40)),

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from helpers import ODD_SPECS, random_gptvq
+from helpers_cvxq import ODD_CVXQ, random_cvxq
 from helpers_vptq import ODD_VPTQ, random_vptq
 from torch import nn
 
@@ -21,10 +22,17 @@ from hf_vq.layers.operators import OPERATORS
 LOG = ODD_SPECS["2d-int8-log"]
 SVD = ODD_SPECS["1d-svd-float16-log"]
 VPTQ = ODD_VPTQ["outliers"]
-ALL: dict[str, LayerSpec] = {**ODD_SPECS, **ODD_VPTQ}
-CODES = {"gptvq": random_gptvq, "vptq": random_vptq}
+CVXQ = ODD_CVXQ["log8-int8"]
+ALL: dict[str, LayerSpec] = {
+    **{f"gptvq-{name}": spec for name, spec in ODD_SPECS.items()},
+    **{f"vptq-{name}": spec for name, spec in ODD_VPTQ.items()},
+    **{f"cvxq-{name}": spec for name, spec in ODD_CVXQ.items()},
+}
+CODES = {"gptvq": random_gptvq, "vptq": random_vptq, "cvxq": random_cvxq}
 
-each_kind = pytest.mark.parametrize("spec", [LOG, SVD, VPTQ], ids=["int8", "svd", "vptq"])
+each_kind = pytest.mark.parametrize(
+    "spec", [LOG, SVD, VPTQ, CVXQ], ids=["int8", "svd", "vptq", "cvxq"]
+)
 
 
 def layer(spec: LayerSpec, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
@@ -61,7 +69,7 @@ def test_is_an_honest_linear(spec: LayerSpec) -> None:
     assert "weight" not in packed.state_dict()
     with pytest.raises(AttributeError):
         packed.weight.data += 1
-    assert packed.qweight is packed.indices
+    assert packed.qweight is packed.get_parameter(next(iter(spec.layout())))
     assert sorted(packed.state_dict()) == sorted([*spec.layout(), "bias"])
     assert list(packed.packed()) == list(spec.layout())
     assert not any(p.requires_grad for p in packed.packed().values())
@@ -180,7 +188,8 @@ def test_meta_and_to_empty(spec: LayerSpec) -> None:
 @pytest.mark.parametrize(
     ("spec", "name"),
     [(SVD, "codebook_basis"), (VPTQ, "weight_scale")]
-    + [(VPTQ, f"{kind}centroids.weight") for kind in ("", "res_", "outlier_")],
+    + [(VPTQ, f"{kind}centroids.weight") for kind in ("", "res_", "outlier_")]
+    + [(ODD_CVXQ["float16-float16"], name) for name in ("scales", "location")],
 )
 def test_trained_codebooks_keep_dtype_and_gradient(spec: LayerSpec, name: str) -> None:
     packed = layer(spec)
@@ -200,7 +209,7 @@ def test_gradient_reaches_the_input(spec: LayerSpec) -> None:
     packed(x).square().sum().backward()
     packed.to_linear()(twin).square().sum().backward()
     torch.testing.assert_close(x.grad, twin.grad)
-    assert packed.bias.grad is not None and packed.indices.grad is None
+    assert packed.bias.grad is not None and packed.qweight.grad is None
 
 
 def test_autocast() -> None:
@@ -238,8 +247,9 @@ def test_copies(spec: LayerSpec) -> None:
     [
         (LOG, GPTVQSpec(17, 30, 4, 8, 3, 12, "float16"), "codebooks"),
         (VPTQ, ODD_VPTQ["groups"], "res_centroids.weight"),
+        (CVXQ, ODD_CVXQ["float16-int8"], "scales"),
     ],
-    ids=["gptvq", "vptq"],
+    ids=["gptvq", "vptq", "cvxq"],
 )
 def test_compiles_without_a_graph_break(
     first: LayerSpec, second: LayerSpec, trained: str, dynamic: bool | None

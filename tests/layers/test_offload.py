@@ -8,16 +8,18 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from helpers import ODD_SPECS, random_gptvq
+from helpers_cvxq import ODD_CVXQ, random_cvxq
 from helpers_vptq import ODD_VPTQ, random_vptq
 from torch import nn
 
 from hf_vq.formats import FORMATS, LayerSpec
 from hf_vq.layers import PackedLinear
 
-CODES = {"gptvq": random_gptvq, "vptq": random_vptq}
+CODES = {"gptvq": random_gptvq, "vptq": random_vptq, "cvxq": random_cvxq}
 SPECS = {
     "gptvq": ODD_SPECS["2d-int8-log"],
     "vptq": ODD_VPTQ["outliers"],
+    "cvxq": ODD_CVXQ["log8-int8"],
     "vptq-bfloat16": ODD_VPTQ["residual-18-bits"],
 }
 
