@@ -128,7 +128,7 @@ class VPTQConfig(VQConfig):
         norm: str | None = None,
         permute: bool | None = None,
         codebook_dtype: str = "float16",
-        kmeans_iterations: int = 30,
+        kmeans_iterations: int = 10,
         damping: float = 0.01,
         refine_iterations: int = 4,
         codebook_update: bool = True,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hf_vq.budget import UnreachableError, Wanted, choose_specs
 from hf_vq.configs import VQConfig
 from hf_vq.engine.blocks import find_blocks
 from hf_vq.formats.base import LayerSpec
@@ -112,9 +113,9 @@ def make_plan(model: nn.Module, config: VQConfig) -> Plan:
     method = get_method(config.method)
     reasons = _reasons(model, config)
     _check_patterns(model, config)
-    layers: dict[str, LayerSpec] = {}
+    wanted: dict[str, Wanted] = {}
     dense: dict[str, str] = {}
-    rows: list[LedgerRow] = []
+    matrices: list[tuple[str, torch.Tensor]] = []
     other = [0, 0]
     twins = _tied_targets(model)
     for name, param in model.named_parameters():
@@ -135,20 +136,30 @@ def make_plan(model: nn.Module, config: VQConfig) -> Plan:
         layer = config.for_layer(owner) if reason == "" else None
         if reason == "" and layer is None:
             reason = "left dense by overrides"
-        cost, bits = size, 8.0 * param.element_size()
+        matrices.append((label, param))
         if layer is not None:
-            spec = _spec(method.choose_spec, label, tuple(param.shape), layer)
-            layers[label] = spec
-            cost, bits = spec.nbytes, spec.bits_per_weight
+            wanted[label] = Wanted(tuple(param.shape), layer)
         else:
             dense[label] = reason
-        rows.append(LedgerRow(label, tuple(param.shape), param.numel(), size, cost, bits, reason))
     stored = model.state_dict(keep_vars=True).keys()  # some buffers are, most are not
     other[1] += sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n in stored)
-    if not layers:
+    if not wanted:
         why = "; ".join(f"{n}: {r}" for n, r in list(dense.items())[:5]) or "it has no matrices"
         raise PlanError(f"nothing to quantize in {type(model).__name__} ({why})")
+    try:
+        layers = choose_specs(method, wanted)
+    except UnreachableError as error:
+        raise PlanError(str(error)) from None
+    rows = [_row(name, param, layers.get(name), dense.get(name, "")) for name, param in matrices]
     return Plan(layers, dense, rows, (other[0], other[1]))
+
+
+def _row(name: str, param: torch.Tensor, spec: LayerSpec | None, reason: str) -> LedgerRow:
+    size = param.numel() * param.element_size()
+    cost, bits = size, 8.0 * param.element_size()
+    if spec is not None:
+        cost, bits = spec.nbytes, spec.bits_per_weight
+    return LedgerRow(name, tuple(param.shape), param.numel(), size, cost, bits, reason)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -157,14 +168,6 @@ def _check_model(model: nn.Module) -> None:
         raise PlanError(f"this {name} is already quantized; start from the original model")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise PlanError(f"{name} is an encoder-decoder; hf_vq quantizes decoder-only models")
-
-
-def _spec(choose: Any, name: str, shape: tuple[int, ...], layer: Any) -> LayerSpec:
-    overrides = {f: getattr(layer, f) for f in layer.spec_fields}
-    try:
-        return choose(shape[0], shape[1], layer.bits, overrides)
-    except ValueError as error:
-        raise PlanError(f"{name}: {error}") from None
 
 
 def _reasons(model: nn.Module, config: VQConfig) -> dict[str, str]:

@@ -26,6 +26,7 @@ class Method:
     config_path: str
     spec_path: str
     choose_spec_path: str
+    expected_error_path: str
     quantize_path: str
     options_path: str
 
@@ -43,6 +44,11 @@ class Method:
     def choose_spec(self) -> Callable[..., Any]:
         """(out_features, in_features, bits, overrides) -> spec."""
         return _load(self.choose_spec_path)
+
+    @property
+    def expected_error(self) -> Callable[..., float]:
+        """spec -> error per weight, relative to the weights' energy; only ratios count."""
+        return _load(self.expected_error_path)
 
     @property
     def quantize(self) -> Callable[..., Any]:
@@ -63,6 +69,7 @@ METHODS: dict[str, Method] = {
             "hf_vq.configs:GPTVQConfig",
             "hf_vq.formats.gptvq:GPTVQSpec",
             "hf_vq.methods.gptvq_spec:choose_spec",
+            "hf_vq.methods.gptvq_spec:expected_error",
             "hf_vq.methods.gptvq:quantize",
             "hf_vq.methods.gptvq:GPTVQOptions",
         ),
@@ -71,6 +78,7 @@ METHODS: dict[str, Method] = {
             "hf_vq.configs:VPTQConfig",
             "hf_vq.formats.vptq:VPTQSpec",
             "hf_vq.methods.vptq_spec:choose_spec",
+            "hf_vq.methods.vptq_spec:expected_error",
             "hf_vq.methods.vptq:quantize",
             "hf_vq.methods.vptq:VPTQOptions",
         ),

@@ -63,7 +63,7 @@ def _choose(
     for widths in ("preferred", "any"):
         found = [s for s in _candidates(rows, columns, bits, overrides, widths) if _fits(s, bits)]
         if found:
-            return min(found, key=_expected_error)
+            return min(found, key=expected_error)
     raise ValueError(_out_of_reach(rows, columns, bits, overrides))
 
 
@@ -161,7 +161,8 @@ def _with_rows(spec: GPTVQSpec, group_rows: int) -> GPTVQSpec:
     return GPTVQSpec(spec.out_features, spec.in_features, **fields)
 
 
-def _expected_error(spec: GPTVQSpec) -> float:
+def expected_error(spec: GPTVQSpec) -> float:
+    """Per weight, relative to the weights' energy; a fit, good for comparing specs."""
     rate = spec.index_bits / spec.vector_dim
     codebooks = spec.num_stripes * spec.num_row_groups
     numbers = codebooks * (spec.svd_rank or spec.num_centroids * spec.vector_dim)

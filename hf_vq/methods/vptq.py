@@ -35,7 +35,7 @@ class VPTQOptions:
     """How hard to work, and what the norm is made of; nothing here changes the size."""
 
     norm: str | None = None
-    kmeans_iterations: int = 30
+    kmeans_iterations: int = 10
     damping: float = 0.01
     error_feedback: bool = True
     refine_iterations: int = 4

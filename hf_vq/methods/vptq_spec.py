@@ -209,9 +209,7 @@ def _candidates(
                         total = cost + norm * 2 * columns * float_bits + permuted * columns * 16
                         if total > budget:
                             continue
-                        factor = NORM_FACTOR if norm else 1
-                        if groups > 1 and not permuted:
-                            factor *= UNSORTED_FACTOR
+                        factor = _order_and_norm(norm, groups, permuted)
                         fields = _Fields(dim, main, res, groups, outliers, v0, b0, norm, permuted)
                         yield _Choice(error * factor, total / (rows * columns), fields)
 
@@ -320,6 +318,28 @@ def _gaussian(dim: int, index_bits: int) -> float:
         return row[after]
     low = GAUSSIAN_BITS[after - 1]
     return row[after - 1] + (row[after] - row[after - 1]) * (index_bits - low) / (high - low)
+
+
+def expected_error(spec: VPTQSpec) -> float:
+    """Per weight, relative to the weights' energy; a fit, good for comparing specs."""
+    rows, columns, outliers = spec.out_features, spec.in_features, spec.outlier_columns
+    numbers = spec.num_groups * spec.vector_dim * (spec.num_centroids + spec.num_res_centroids)
+    error = _expected_error(
+        rows * (columns - outliers),
+        numbers,
+        spec.vector_dim,
+        spec.main_bits,
+        spec.res_bits,
+        spec.num_groups,
+    )
+    if outliers:
+        v0, b0 = spec.outlier_vector_dim, (spec.outlier_centroids - 1).bit_length()
+        error = _with_outliers(error, rows, columns, outliers, v0, b0)
+    return error * _order_and_norm(spec.norm != "none", spec.num_groups, spec.permuted)
+
+
+def _order_and_norm(norm: bool, groups: int, permuted: bool) -> float:
+    return (NORM_FACTOR if norm else 1) * (UNSORTED_FACTOR if groups > 1 and not permuted else 1)
 
 
 def _expected_error(

