@@ -57,7 +57,7 @@ def _laplace(depth: int) -> list[float]:
 # Positive levels of the Lloyd-Max quantizer of N(0, 1) of 1 to 8 bits, smallest first, as the
 # shortest decimals of the nearest float32. With the density f and F(t) = 1 - erfc(t / sqrt 2) / 2,
 # level i is (f(a) - f(b)) / (F(b) - F(a)), where a and b are the midpoints to its neighbours, 0 and
-# infinity at the ends. Newton's method in float64 solves that; tests/kernels/test_levels.py does.
+# infinity at the ends. Newton's method in float64 solves that; tests/helpers_levels.py does.
 # Constants, because what a file decodes to must not depend on a platform's exp.
 # fmt: off
 _LLOYD: tuple[tuple[float, ...], ...] = (

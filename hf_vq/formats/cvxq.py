@@ -262,7 +262,7 @@ def check(tensors: Mapping[str, Tensor], spec: CVXQSpec, where: str) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{where}: {name!r} holds values that are not finite; {damaged}")
     if spec.scale_dtype == "log8":
-        largest = _largest_exponent(tensors["scale_grid"])
+        largest = _largest_exponent(tensors["scale_codes"], tensors["scale_grid"])
         if largest > _MOST_EXPONENT:
             raise FormatError(
                 f"{where}: 'scale_grid' asks for scales up to 2**{largest:g}, beyond those of "
@@ -274,9 +274,9 @@ _MOST_EXPONENT = 124.0
 """Levels and int8 locations are below 2**3, and float32 below 2**128."""
 
 
-def _largest_exponent(scale_grid: Tensor) -> float:
-    offset, step = scale_grid.double()
-    return float(torch.maximum(offset, offset + 255 * step).max())
+def _largest_exponent(scale_codes: Tensor, scale_grid: Tensor) -> float:
+    offset, step = scale_grid.double().unsqueeze(-1)
+    return float((offset + step * scale_codes).max())
 
 
 def widen(tensors: Mapping[str, Tensor], spec: CVXQSpec) -> tuple[dict[str, Tensor], CVXQSpec]:
@@ -342,8 +342,8 @@ def _check_codes(codes: CVXQCodes, spec: CVXQSpec) -> None:
         raise ValueError(f"the depths ask for {words} words, but num_words is {spec.num_words}")
     if codes.row_perm is not None and len(codes.row_perm.unique()) < spec.out_features:
         raise ValueError("row_perm is no permutation: it names a row twice")
-    if codes.scale_grid is not None:
-        largest_exponent = _largest_exponent(codes.scale_grid.half())
+    if codes.scale_codes is not None and codes.scale_grid is not None:
+        largest_exponent = _largest_exponent(codes.scale_codes, codes.scale_grid.half())
         if largest_exponent > _MOST_EXPONENT:
             raise ValueError(f"scale_grid asks for scales up to 2**{largest_exponent:g}")
     for depth in range(MAX_DEPTH + 1):
