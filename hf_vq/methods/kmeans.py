@@ -17,6 +17,10 @@ _CHUNK = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 24
 # Up to here the sums of the M-step are a matrix product with one-hot rows, beyond it a scatter.
 _ONE_HOT_LIMIT = 16
+# Up to here every point is compared with every centroid; beyond, see `kmeans_large`.
+_EXACT_LIMIT = 1024
+# Share of points that may be left out there, since they have no weight in some coordinate.
+_FEW = 1 / 16
 # Up to here k-means++ draws several candidates per seed of a 1-D codebook.
 _GREEDY_LIMIT = 32
 
@@ -136,9 +140,22 @@ def kmeans(
 ) -> torch.Tensor:
     """Weighted Lloyd iterations; returns centroids (groups, k, d).
 
-    Empty clusters are re-seeded at the points that are served worst (the release lets them
-    collapse to zero). Stops early when the cost falls by less than `tolerance` of itself.
+    points: (groups, n, d). weights: (groups, n, d), or (groups, n, 1) where they are equal for all
+    coordinates of a point. Empty clusters are re-seeded at the points that are served worst (the
+    release lets them collapse to zero). Stops early when the cost falls by less than `tolerance` of
+    itself. With more than 1024 centroids, k-means++ and equal weights within every point, time and
+    memory go by sqrt(k) instead of k (`kmeans_large`); a few points whose weights are partly 0, as
+    of vectors that stick out of a matrix, then count as padding.
     """
+    if k > _EXACT_LIMIT and init == "kmeans++":
+        mass = _equal_weights(weights)
+        if mass is not None:
+            from hf_vq.methods.kmeans_large import kmeans_large  # which imports this file
+
+            options: dict = {"iterations": iterations, "seed": seed, "tolerance": tolerance}
+            pairs = zip(points, mass, strict=True)
+            return torch.stack([kmeans_large(p, w, k, **options) for p, w in pairs])
+    weights = weights.expand_as(points)
     features = _features(points, weights)
     d = points.shape[2]
     if init == "kmeans++":
@@ -163,6 +180,15 @@ def kmeans(
             break
         previous = now
     return centroids
+
+
+def _equal_weights(weights: torch.Tensor) -> torch.Tensor | None:
+    """The one weight of every point, (groups, n), 0 where a coordinate has none; None if some
+    point has several, or more than a few would be left out."""
+    least, most = weights.amin(-1), weights.amax(-1)
+    partly = (least == 0) & (most > 0)
+    few = partly.sum(1) <= _FEW * (most > 0).sum(1)
+    return least if bool(few.all() & ((least == most) | partly).all()) else None
 
 
 def _reseed(

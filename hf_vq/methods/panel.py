@@ -19,12 +19,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from hf_vq.methods.kmeans_large import SEARCHED, Cells, build_cells
+from hf_vq.methods.kmeans_large import over_rows as _over_rows
 from hf_vq.methods.lookup import Lookup
+
+# Up to here a compiled search compares with every centroid, beyond with those of a few cells.
+_EXACT_LIMIT = 4096
 
 
 def solve_panel(
@@ -230,27 +234,40 @@ def _compiled_tall() -> Callable | None:
         index: torch.Tensor,
         residual_index: torch.Tensor,
     ) -> None:
+        cells, probe = None, 0
+        # sorting into cells has to pay
+        if len(book) > _EXACT_LIMIT and 8 * index.numel() >= len(book):
+            cells, probe = _cells_of(book), SEARCHED
+            # the loop counts centroids in the order of their cells
+            index.copy_(cells.members.argsort()[index])
+            book = book[cells.members]
+        centres = book[:0] if cells is None else cells.centres
+        starts = torch.tensor([0] if cells is None else cells.starts)
         matrices = [t.contiguous().numpy() for t in (ratio, scale, b, book.T, residual.T)]
         squares = [t.square().sum(1).numpy() for t in (book, residual)]
         outer = (delta.numpy(), u.numpy())
         codes = (index.numpy(), residual_index.numpy())
+        coarse = (centres.T.contiguous().numpy(), centres.square().sum(1).numpy(), starts.numpy())
         _over_rows(
-            lambda lo, hi: panel(*outer, *matrices, *squares, beam, *codes, lo, hi),
+            lambda lo, hi: panel(*outer, *matrices, *squares, beam, *codes, *coarse, probe, lo, hi),
             len(index),
         )
+        if cells is not None:
+            index.copy_(cells.members[index])
 
     return run
 
 
-def _over_rows(work: Callable[[int, int], None], rows: int) -> None:
-    """Run work(lo, hi) over all rows, on as many threads as torch would use."""
-    threads = min(torch.get_num_threads(), max(1, rows // 64))
-    if threads == 1:
-        work(0, rows)
-        return
-    edges = [rows * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, edges[:-1], edges[1:]))
+# The last codebook that was sorted into cells, and those: panels come in runs with the same one.
+_last: tuple[torch.Tensor, Cells] | None = None
+
+
+def _cells_of(book: torch.Tensor) -> Cells:
+    global _last
+    last = _last
+    if last is None or not torch.equal(last[0], book):
+        last = _last = (book.clone(), build_cells(book))
+    return last[1]
 
 
 @functools.cache

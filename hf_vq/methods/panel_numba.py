@@ -7,6 +7,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from hf_vq.methods.kmeans_numba import search
+
 
 @numba.njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
 def panel(
@@ -78,6 +80,10 @@ def tall_panel(
     beam: int,
     index: Any,
     residual_index: Any,
+    centres: Any,
+    centre_square: Any,
+    starts: Any,
+    probe: int,
     lo: int,
     hi: int,
 ) -> None:
@@ -85,7 +91,8 @@ def tall_panel(
 
     float32 arrays: delta, u (R * v, P); ratio, scale (P,); b (P, P); book (v, k) and residual
     (v, k2), whose squared lengths are `square` and `residual_square`. index, residual_index: int64
-    (R, P), read where there is a residual, and written.
+    (R, P), read where there is a residual or `probe`, and written. probe: only so many cells are
+    searched, see `search` for these and for centres, centre_square and starts; 0: all centroids.
     """
     columns = delta.shape[1]
     v, k = book.shape
@@ -96,19 +103,45 @@ def tall_panel(
     more = np.empty(max(extra, 1), np.float32)
     top = np.empty(beam, np.int64)
     top_cost = np.empty(beam, np.float32)
+    coarse = np.empty(max(centres.shape[1], 1), np.float32)
+    scratch = np.empty(max(k, len(coarse)) if probe else 1, np.float32)
     for block in range(lo, hi):
         first = block * v
         for j in range(columns):
             for t in range(v):
                 x[t] = (u[first + t, j] * ratio[j] + delta[first + t, j]) / scale[j]
-            for c in range(k):
-                cost[c] = square[c]
-            for t in range(v):
-                twice = np.float32(2) * x[t]
+            filled = 0
+            if probe:
+                filled = search(
+                    x,
+                    centres,
+                    centre_square,
+                    book,
+                    square,
+                    starts,
+                    probe,
+                    cost,
+                    coarse,
+                    scratch,
+                    top,
+                    top_cost,
+                )
+            else:
                 for c in range(k):
-                    cost[c] -= twice * book[t, c]
+                    cost[c] = square[c]
+                for t in range(v):
+                    twice = np.float32(2) * x[t]
+                    for c in range(k):
+                        cost[c] -= twice * book[t, c]
             second = 0
-            if extra == 0:
+            if extra == 0 and probe:
+                best = index[block, j]
+                least = square[best]
+                for t in range(v):
+                    least -= np.float32(2) * x[t] * book[t, best]
+                if top_cost[0] < least:
+                    best = top[0]
+            elif extra == 0:
                 best = 0
                 least = cost[0]
                 for c in range(1, k):
@@ -116,8 +149,7 @@ def tall_panel(
                         least = cost[c]
                         best = c
             else:
-                filled = 0
-                for c in range(k):
+                for c in range(0 if probe else k):
                     if filled == beam and cost[c] >= top_cost[beam - 1]:
                         continue
                     at = min(filled, beam - 1)
@@ -135,7 +167,7 @@ def tall_panel(
                 for t in range(v):
                     q = book[t, best] + residual[t, second]
                     least += q * (q - np.float32(2) * x[t])
-                for i in range(beam):
+                for i in range(filled):
                     for t in range(v):
                         rest[t] = x[t] - book[t, top[i]]
                     for c in range(extra):
