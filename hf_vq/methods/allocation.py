@@ -199,11 +199,12 @@ def _by_slope(u: torch.Tensor, p: torch.Tensor, curve: _Curve, budget: int) -> t
     ordered, order = u.sort()
     weights = torch.cat([p.new_zeros(1), p[order].flip(0).cumsum(0)])  # of the k largest u
     values = [drop / bits for _, bits, drop in steps]
-    per_bit = torch.tensor(values, dtype=u.dtype, device=u.device)
     widths = torch.tensor([bits for _, bits, _ in steps], device=u.device)
 
     def rate(slope: float) -> int:
-        below = torch.searchsorted(ordered, slope / per_bit, right=True)
+        # divided one by one, as below: a tensor would be multiplied by a rounded reciprocal
+        limits = torch.tensor([slope / v for v in values], dtype=u.dtype, device=u.device)
+        below = torch.searchsorted(ordered, limits, right=True)
         return int((weights[len(u) - below] * widths).sum())
 
     # At `high` nobody takes a step, at `low` everybody does; doubles in between are bisected.

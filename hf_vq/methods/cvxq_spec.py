@@ -3,8 +3,8 @@
 A group costs 4 bits for its depth, 8 for its scale (16 as float16) and perhaps a location, whatever
 its size; a row permutation 16 bits per row; everything else is words of codes. So every target can
 be met to within one word or so, and the question is only how large the groups are. The expected
-error is a fit to measured rows, not a theory: 4**-rate times group_rows**ADAPTATION for how
-closely depths and scales can follow the weights, times a factor for clusters of similar rows.
+error is a fit to measured rows, not a theory: 4**-rate times a power of group_rows for how closely
+depths and scales can follow the weights, times a factor for clusters of similar rows.
 """
 
 from __future__ import annotations

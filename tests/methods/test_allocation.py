@@ -186,6 +186,14 @@ def test_the_budget_is_hit_within_one_step(mean):
     assert 0 <= budget - int((p * depths).sum()) < 32
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_the_budget_is_never_passed(seed):
+    """At whole steps, where a slope that is off by one rounding takes one group too many."""
+    u, p = spread(150, seed), torch.ones(150, dtype=torch.int64)
+    for budget in range(200, 700, 7):
+        assert int(allocate_depths(u, p, HIGH_RATE, budget).sum()) == budget
+
+
 def test_mixed_sizes_hit_the_budget_within_the_smallest_step():
     u = spread(4000)
     p = torch.where(torch.arange(4000) % 3 == 0, 1000, 7)
