@@ -27,6 +27,7 @@ from hf_vq.formats.vptq import VPTQSpec
 from hf_vq.loading import packed_layers
 from hf_vq.methods import gptvq, vptq
 from hf_vq.methods.statistics import Statistics
+from hf_vq.plan import measured_plan
 from hf_vq.registry import get_method
 
 HERE = Path(__file__).resolve().parent
@@ -77,6 +78,7 @@ class Protocol:
         config = get_method(method).config(seqlen=SEQLEN, **settings)
         began = time.process_time()
         plan = hf_vq.make_plan(model, config)
+        plan = measured_plan(model, config, self.calibration, plan)
         quantize_model(model, plan, self.calibration, config, Reporter())
         result = Result(plan.ledger().decoder_bits, time.process_time() - began)
         for name, layer in packed_layers(model).items():

@@ -16,7 +16,7 @@ from hf_vq.methods.allocation import allocate
 from hf_vq.registry import Method
 
 # Targets in bits per weight, relative to the one asked for, at which specs are looked for.
-_OFFSETS = [step / 8 for step in range(-8, 17)] + [-1 / 16, 1 / 16, 3 / 16, 5 / 16]
+_OFFSETS = [step / 8 for step in range(-12, 25)] + [-1 / 16, 1 / 16, 3 / 16, 5 / 16]
 _LEAST, _MOST = 1.0, 8.0
 
 
@@ -35,10 +35,14 @@ class UnreachableError(ValueError):
         self.name = name
 
 
-def choose_specs(method: Method, wanted: Mapping[str, Wanted]) -> dict[str, LayerSpec]:
+def choose_specs(
+    method: Method, wanted: Mapping[str, Wanted], gains: Mapping[str, float] | None = None
+) -> dict[str, LayerSpec]:
     """A spec for every matrix; those with one target in bits meet it together.
 
-    Every matrix alone must be able to meet its target. Raises `UnreachableError` otherwise.
+    gains: what each matrix's relative error costs (`hf_vq.engine.sensitivity`); None: as much as
+    its number of weights. Every matrix alone must be able to meet its target. Raises
+    `UnreachableError` otherwise.
     """
     specs: dict[str, LayerSpec] = {}
     together: dict[float, list[str]] = {}
@@ -50,7 +54,7 @@ def choose_specs(method: Method, wanted: Mapping[str, Wanted]) -> dict[str, Laye
         if layer.bits is not None:
             together.setdefault(layer.bits, []).append(name)
     for bits, names in together.items():
-        specs.update(_share(method, bits, {name: wanted[name] for name in names}))
+        specs.update(_share(method, bits, {name: wanted[name] for name in names}, gains))
     return specs
 
 
@@ -58,7 +62,12 @@ def _fields(layer: Any) -> dict[str, Any]:
     return {field: getattr(layer, field) for field in layer.spec_fields}
 
 
-def _share(method: Method, bits: float, wanted: Mapping[str, Wanted]) -> dict[str, LayerSpec]:
+def _share(
+    method: Method,
+    bits: float,
+    wanted: Mapping[str, Wanted],
+    gains: Mapping[str, float] | None,
+) -> dict[str, LayerSpec]:
     """Specs of at most `bits` per weight on average, of the least expected error in all."""
     curves: dict[tuple, list[LayerSpec]] = {}
     items = []
@@ -68,7 +77,16 @@ def _share(method: Method, bits: float, wanted: Mapping[str, Wanted]) -> dict[st
         if key not in curves:
             curves[key] = _curve(method, shape, bits, fields)
         items.append(curves[key])
-    errors = [[method.expected_error(s) * s.num_weights for s in specs] for specs in items]
+    if gains is None:
+        costs = [float(specs[0].num_weights) for specs in items]
+    else:
+        # one that nothing reached (an expert): as the least of the others
+        least = min((g for g in gains.values() if g > 0), default=1.0)
+        costs = [gains.get(name, 0.0) or least for name in wanted]
+    errors = [
+        [cost * method.expected_error(s) for s in specs]
+        for cost, specs in zip(costs, items, strict=True)
+    ]
     sizes = [[s.nbytes for s in specs] for specs in items]
     weights = sum(specs[0].num_weights for specs in items)
     # the tolerance only forgives the rounding of floats: 2.1 * 10 is not 21

@@ -50,6 +50,7 @@ class VQConfig(QuantizationConfigMixin):
     seed: int
     nsamples: int
     seqlen: int | None
+    allocation: str = "uniform"
     calibration_inputs: str = "quantized"
     """"original": statistics of the unquantized model's activations, block by block."""
     finetune_steps: int = 0

@@ -32,6 +32,9 @@ class GPTVQConfig(VQConfig):
         asymmetric_calibration: let every layer aim at what the original model computes, so that it
             also corrects what the layers before it have lost (GPTAQ, arXiv 2504.02692); costs a
             second walk through the model. False: aim at the layer's own weight.
+        allocation: "measured": bits go where an error moves the final hidden states most, found out
+            by one backward pass over a few thousand calibration tokens; "uniform": all weights
+            count the same. `bits` holds for all matrices together either way.
         seed: 0 to 2**63-1, for the calibration windows and k-means++.
         nsamples: 1 to 1,000,000 calibration windows.
         seqlen: 8 to 1,048,576 tokens per window. None: the model's context, at most 2048.
@@ -68,6 +71,7 @@ class GPTVQConfig(VQConfig):
         "codebook_update": Flag(),
         "true_sequential": Flag(),
         "asymmetric_calibration": Flag(),
+        "allocation": Choice(("measured", "uniform")),
         "seed": Number(0, 2**63 - 1, integer=True),
         "nsamples": Number(1, 1_000_000, integer=True),
         "seqlen": Number(8, 1_048_576, integer=True, optional=True),
@@ -85,6 +89,7 @@ class GPTVQConfig(VQConfig):
     layer_fields: ClassVar[frozenset[str]] = frozenset(rules) - {
         "true_sequential",
         "asymmetric_calibration",
+        "allocation",
         "seed",
         "nsamples",
         "seqlen",
@@ -109,6 +114,7 @@ class GPTVQConfig(VQConfig):
         codebook_update: bool = True,
         true_sequential: bool = True,
         asymmetric_calibration: bool = True,
+        allocation: str = "measured",
         seed: int = 0,
         nsamples: int = 128,
         seqlen: int | None = None,
@@ -148,6 +154,7 @@ class GPTVQConfig(VQConfig):
             codebook_update=codebook_update,
             true_sequential=true_sequential,
             asymmetric_calibration=asymmetric_calibration,
+            allocation=allocation,
             seed=seed,
             nsamples=nsamples,
             seqlen=seqlen,

@@ -45,6 +45,9 @@ class VPTQConfig(VQConfig):
         finetune_steps: 0 to 100,000 gradient steps on the codebooks of every block against its
             original output; 0: none.
         finetune_lr: learning rate of those steps, 1e-8 to 1. None: chosen by the library.
+        allocation: "measured": bits go where an error moves the final hidden states most, found out
+            by one backward pass over a few thousand calibration tokens; "uniform": all weights
+            count the same. `bits` holds for all matrices together either way.
         seed: 0 to 2**63-1, for the calibration windows and k-means++.
         nsamples: 1 to 1,000,000 calibration windows.
         seqlen: 8 to 1,048,576 tokens per window. None: the model's context, at most 2048.
@@ -87,6 +90,7 @@ class VPTQConfig(VQConfig):
         "calibration_inputs": Choice(("quantized", "original")),
         "finetune_steps": Number(0, 100_000, integer=True),
         "finetune_lr": Number(1e-8, 1, optional=True),
+        "allocation": Choice(("measured", "uniform")),
         "seed": Number(0, 2**63 - 1, integer=True),
         "nsamples": Number(1, 1_000_000, integer=True),
         "seqlen": Number(8, 1_048_576, integer=True, optional=True),
@@ -109,6 +113,7 @@ class VPTQConfig(VQConfig):
         "calibration_inputs",
         "finetune_steps",
         "finetune_lr",
+        "allocation",
         "seed",
         "nsamples",
         "seqlen",
@@ -139,6 +144,7 @@ class VPTQConfig(VQConfig):
         calibration_inputs: str = "quantized",
         finetune_steps: int = 0,
         finetune_lr: float | None = None,
+        allocation: str = "measured",
         seed: int = 0,
         nsamples: int = 128,
         seqlen: int | None = None,
@@ -184,6 +190,7 @@ class VPTQConfig(VQConfig):
             calibration_inputs=calibration_inputs,
             finetune_steps=finetune_steps,
             finetune_lr=finetune_lr,
+            allocation=allocation,
             seed=seed,
             nsamples=nsamples,
             seqlen=seqlen,

@@ -7,6 +7,7 @@ more dimensions; the plan accounts for every one of them, the packed and the den
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ class Plan:
 
     layers: dict[str, LayerSpec]
     dense: dict[str, str]
+    gains: Mapping[str, float] | None  # what `make_plan` was given
     _rows: list[LedgerRow] = field(repr=False)
     _other: tuple[int, int] = field(repr=False)  # parameters and bytes outside of the rows
     checked: bool = False
@@ -103,9 +105,10 @@ class Plan:
         )
 
 
-def make_plan(model: nn.Module, config: VQConfig) -> Plan:
+def make_plan(model: nn.Module, config: VQConfig, gains: Mapping[str, float] | None = None) -> Plan:
     """Choose a spec for every matrix that `config` asks to quantize.
 
+    gains: as `hf_vq.engine.sensitivity.measure` returns them; None: all weights count the same.
     Raises `PlanError` if a pattern matches nothing, a target is out of a matrix's reach, or nothing
     would be quantized.
     """
@@ -147,11 +150,31 @@ def make_plan(model: nn.Module, config: VQConfig) -> Plan:
         why = "; ".join(f"{n}: {r}" for n, r in list(dense.items())[:5]) or "it has no matrices"
         raise PlanError(f"nothing to quantize in {type(model).__name__} ({why})")
     try:
-        layers = choose_specs(method, wanted)
+        layers = choose_specs(method, wanted, gains)
     except UnreachableError as error:
         raise PlanError(str(error)) from None
     rows = [_row(name, param, layers.get(name), dense.get(name, "")) for name, param in matrices]
-    return Plan(layers, dense, rows, (other[0], other[1]))
+    return Plan(layers, dense, gains, rows, (other[0], other[1]))
+
+
+def measured_plan(
+    model: nn.Module, config: VQConfig, samples: torch.Tensor | None, plan: Plan
+) -> Plan:
+    """`plan` once more, with bits where they matter most; as it is, if config does not ask for it.
+
+    model: with its weights. samples: int64 (n, seqlen) tokens; without them nothing is measured.
+    Raises `SensitivityError` (hf_vq.engine.sensitivity).
+    """
+    targets = [config.for_layer(name) for name in plan.layers]
+    shared = sum(layer is not None and layer.bits is not None for layer in targets)
+    if config.allocation != "measured" or samples is None or shared < 2:
+        return plan
+    from hf_vq.engine.run import calibration_device
+    from hf_vq.engine.sensitivity import measure
+
+    device = calibration_device(config.calibration_device)
+    gains = measure(model, list(plan.layers), samples, device, config.seed)
+    return make_plan(model, config, gains)
 
 
 def _row(name: str, param: torch.Tensor, spec: LayerSpec | None, reason: str) -> LedgerRow:

@@ -143,13 +143,17 @@ class VQHfQuantizer(HfQuantizer):
     def _quantize(self, model: Any) -> Any:
         from hf_vq.engine.report import Reporter
         from hf_vq.engine.run import quantize_model
+        from hf_vq.plan import measured_plan
 
-        config, plan, samples = self.quantization_config, self._plan, self._samples
+        config, samples = self.quantization_config, self._samples
+        plan = measured_plan(model, config, samples, self._plan)
         self._plan = self._samples = None
         reporter = Reporter()
         quantize_model(model, plan, samples, config, reporter)
         record(config, model, samples, self._files)
         self.report = {**reporter.to_dict(), "ledger": plan.ledger().to_dict(), "dense": plan.dense}
+        if plan.gains is not None:
+            self.report["gains"] = dict(plan.gains)
         self.pre_quantized = True
         dispatch.dispatch(model, self._device_map, config.max_memory, config.offload_folder)
         return model

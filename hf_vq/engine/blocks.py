@@ -49,11 +49,13 @@ class Captured:
     """Inputs of the first block for every batch, and every block's other arguments.
 
     hidden: one (batch, seqlen, width) tensor per batch. calls[shape][i]: (args, kwargs) that block
-    i gets besides its hidden states for batches of that (batch, seqlen) shape.
+    i gets besides its hidden states for batches of that (batch, seqlen) shape. tuples: blocks have
+    to return their states in a tuple.
     """
 
     hidden: list[torch.Tensor] = field(default_factory=list)
     calls: dict[tuple[int, ...], list[tuple[tuple, dict]]] = field(default_factory=dict)
+    tuples: bool = False
 
 
 def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
@@ -64,7 +66,8 @@ def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]
 
 
 @contextmanager
-def _stubs(blocks: list[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
+def replaced(blocks: list[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
+    """Let block i run make(i) in the place of its forward."""
     try:
         for i, block in enumerate(blocks):
             block.forward = make(i)  # type: ignore[method-assign]
@@ -83,7 +86,6 @@ def capture(
     Raises `BlockError` if the model does not hand the blocks their hidden states one after another.
     """
     found = Captured()
-    wrap_in_tuple = False
 
     def make(i: int) -> Callable:
         def stub(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +93,7 @@ def capture(
             if i == 0:
                 found.hidden.append(hidden.detach())
             first = found.hidden[-1]
-            if not wrap_in_tuple and hidden.shape == first.shape[1:]:
+            if not found.tuples and hidden.shape == first.shape[1:]:
                 raise _ReturnsTuples
             if hidden.shape != first.shape or not _same(hidden, first):
                 raise BlockError(
@@ -108,14 +110,14 @@ def capture(
             calls.append((rest, options))
             if i == len(blocks) - 1:
                 raise StopForward
-            return (hidden,) if wrap_in_tuple else hidden
+            return (hidden,) if found.tuples else hidden
 
         return stub
 
     for batch in batches:
         for _ in range(2):
             try:
-                with _stubs(blocks, make):
+                with replaced(blocks, make):
                     model(input_ids=batch, use_cache=False)
                 raise BlockError(
                     f"{name}: its forward pass does not run the blocks that were found"
@@ -123,7 +125,7 @@ def capture(
             except StopForward:
                 break
             except _ReturnsTuples:
-                wrap_in_tuple = True
+                found.tuples = True
                 shape = tuple(found.hidden.pop().shape)
                 found.calls.pop(shape[:-1], None)
     return found
