@@ -32,7 +32,7 @@ from hf_vq.engine.blocks import (
     twin,
 )
 from hf_vq.engine.finetune import tune_block
-from hf_vq.engine.memory import release
+from hf_vq.engine.memory import release, returning_large_arrays
 from hf_vq.formats import FORMATS
 from hf_vq.formats.base import LayerSpec
 from hf_vq.layers import PackedLinear
@@ -67,7 +67,8 @@ def quantize_model(
     reporter.start(len(plan.layers), sum(s.num_weights for s in plan.layers.values()))
     try:
         worker = _Worker(model, plan.layers, config, reporter)
-        with _enough_threads(max(s.num_weights for s in plan.layers.values())):
+        largest = max(s.num_weights for s in plan.layers.values())
+        with _enough_threads(largest), returning_large_arrays(largest * 4):
             if samples is None:
                 for name in plan.layers:
                     worker.quantize([name], None)
@@ -105,25 +106,31 @@ class _Worker:
     @torch.no_grad()
     def quantize(self, names: list[str], statistics: Statistics | None) -> None:
         """Quantize matrices that share their input; the results wait in `packed`."""
-        pulls = {} if statistics is None else self._pulls(names, statistics)
         for name in names:
             if statistics is not None:
                 statistics.last = name == names[-1]
-            self._quantize(name, statistics, pulls.pop(name, None))
+            self._quantize(name, statistics)
             release()
 
-    def _pulls(self, names: list[str], statistics: Statistics) -> dict[str, torch.Tensor]:
-        """W S of every matrix. Takes the shift along: it is as large as the Hessian."""
+    def _target(
+        self, name: str, spec: LayerSpec, statistics: Statistics | None, damping: float
+    ) -> torch.Tensor:
+        """What the quantized weight should be, float32; the last target takes the shift along."""
+        weight = self._weight(name)
+        if statistics is None:
+            return weight
+        shift, pull = statistics.shift, statistics.pull
+        if statistics.last:
+            statistics.shift = statistics.pull = None
+        if pull is None:
+            if shift is None:
+                return weight
+            pull = weight @ shift
+        del shift
         # Little data overfits: the noise of the estimate grows with channels per token
         tokens = statistics.tokens
-        trust = tokens / (tokens + _SHRINKAGE * len(statistics.hessian))
-        shift, pull = statistics.shift, statistics.pull
-        statistics.shift = statistics.pull = None
-        if pull is not None:
-            return {name: pull.mul_(trust) for name in names}
-        if shift is None:
-            return {}
-        return {name: (self._weight(name) @ shift).mul_(trust) for name in names}
+        pull.mul_(tokens / (tokens + _SHRINKAGE * statistics.hessian.shape[0]))
+        return correction(pull, statistics.factor(damping, spec.descending)).add_(weight)
 
     def _weight(self, name: str) -> torch.Tensor:
         weight = linear_of(self.model, name).weight.detach().to(self.device, torch.float32)
@@ -135,21 +142,16 @@ class _Worker:
             )
         return weight
 
-    def _quantize(
-        self, name: str, statistics: Statistics | None, pull: torch.Tensor | None
-    ) -> None:
+    def _quantize(self, name: str, statistics: Statistics | None) -> None:
         began = time.perf_counter()
-        linear, weight = linear_of(self.model, name), self._weight(name)
+        linear = linear_of(self.model, name)
         notes: list[str] = []
         if statistics is not None and statistics.tokens == 0:
             statistics = None
             notes.append("no calibration token reached it: quantized without data")
         spec = self.specs[name]
         options = self._options(name)
-        if statistics is not None and pull is not None:
-            weight = correction(pull, statistics.factor(options.damping, spec.descending)).add_(
-                weight
-            )
+        weight = self._target(name, spec, statistics, options.damping)
         result = self.method.quantize(weight, statistics, spec, options)
         tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
         bias = None if linear.bias is None else linear.bias.detach().cpu()
@@ -377,6 +379,7 @@ class _Block:
         sums = {group[0]: self._accumulator(group) for group in stage}
         with self._decoded(self._running()):
             for batch in range(len(self.streams.quantized)):
+                release()
                 aims = self._dense_inputs(batch, list(sums), finished, last)
                 self._collect_batch(batch, sums, aims, inputs)
         return {n: s.statistics() for n, s in sums.items()}
