@@ -109,28 +109,21 @@ class _Worker:
         for name in names:
             if statistics is not None:
                 statistics.last = name == names[-1]
-            self._quantize(name, statistics)
+            self._quantize(name, statistics, self._pull(name, statistics))
             release()
 
-    def _target(
-        self, name: str, spec: LayerSpec, statistics: Statistics | None, damping: float
-    ) -> torch.Tensor:
-        """What the quantized weight should be, float32; the last target takes the shift along."""
-        weight = self._weight(name)
-        if statistics is None:
-            return weight
+    def _pull(self, name: str, statistics: Statistics | None) -> torch.Tensor | None:
+        """W S, as far as it can be trusted. The last matrix takes the shift along."""
+        if statistics is None or statistics.shift is None and statistics.pull is None:
+            return None
         shift, pull = statistics.shift, statistics.pull
         if statistics.last:
             statistics.shift = statistics.pull = None
         if pull is None:
-            if shift is None:
-                return weight
-            pull = weight @ shift
-        del shift
+            pull = self._weight(name) @ shift
         # Little data overfits: the noise of the estimate grows with channels per token
         tokens = statistics.tokens
-        pull.mul_(tokens / (tokens + _SHRINKAGE * statistics.hessian.shape[0]))
-        return correction(pull, statistics.factor(damping, spec.descending)).add_(weight)
+        return pull.mul_(tokens / (tokens + _SHRINKAGE * len(statistics.hessian)))
 
     def _weight(self, name: str) -> torch.Tensor:
         weight = linear_of(self.model, name).weight.detach().to(self.device, torch.float32)
@@ -142,16 +135,22 @@ class _Worker:
             )
         return weight
 
-    def _quantize(self, name: str, statistics: Statistics | None) -> None:
+    def _quantize(
+        self, name: str, statistics: Statistics | None, pull: torch.Tensor | None
+    ) -> None:
+        """pull: used up; its memory becomes the target's."""
         began = time.perf_counter()
-        linear = linear_of(self.model, name)
+        linear, weight = linear_of(self.model, name), self._weight(name)
         notes: list[str] = []
         if statistics is not None and statistics.tokens == 0:
             statistics = None
             notes.append("no calibration token reached it: quantized without data")
         spec = self.specs[name]
         options = self._options(name)
-        weight = self._target(name, spec, statistics, options.damping)
+        if statistics is not None and pull is not None:
+            factor = statistics.factor(options.damping, spec.descending)
+            weight = correction(pull, factor).add_(weight)
+            del factor
         result = self.method.quantize(weight, statistics, spec, options)
         tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
         bias = None if linear.bias is None else linear.bias.detach().cpu()
