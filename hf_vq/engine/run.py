@@ -12,7 +12,7 @@ Only one block and its statistics are ever on the calibration device; hidden sta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -66,7 +66,7 @@ def quantize_model(
     """
     reporter.start(len(plan.layers), sum(s.num_weights for s in plan.layers.values()))
     try:
-        worker = _Worker(model, plan.layers, config, reporter)
+        worker = _Worker(model, plan, config, reporter)
         with _enough_threads(max(s.num_weights for s in plan.layers.values())):
             if samples is None:
                 for name in plan.layers:
@@ -96,8 +96,10 @@ def _enough_threads(weights: int) -> Iterator[None]:
 class _Worker:
     """Quantizes single matrices and swaps the packed layers in."""
 
-    def __init__(self, model: nn.Module, specs: dict[str, LayerSpec], config: Any, reporter: Any):
-        self.model, self.specs, self.config, self.reporter = model, specs, config, reporter
+    def __init__(self, model: nn.Module, plan: Any, config: Any, reporter: Any):
+        self.model, self.config, self.reporter = model, config, reporter
+        self.specs: dict[str, LayerSpec] = plan.layers
+        self.rows: Mapping[str, torch.Tensor] = plan.rows
         self.method = get_method(config.method)
         self.device = calibration_device(config.calibration_device)
         self.packed: dict[str, PackedLinear] = {}
@@ -109,6 +111,9 @@ class _Worker:
         for name in names:
             if statistics is not None:
                 statistics.last = name == names[-1]
+                # the only part that belongs to one matrix: a copy would lose the shared factor
+                rows = self.rows.get(name)
+                statistics.sensitivity = None if rows is None else rows.to(self.device)
             self._quantize(name, statistics, pulls.pop(name, None))
             release()
 
@@ -151,6 +156,7 @@ class _Worker:
                 weight
             )
         result = self.method.quantize(weight, statistics, spec, options)
+        spec = getattr(result, "spec", None) or spec
         tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
         bias = None if linear.bias is None else linear.bias.detach().cpu()
         self.packed[name] = PackedLinear.from_packed(
