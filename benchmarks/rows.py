@@ -71,7 +71,7 @@ _VPTQ_BITS = {
 }
 """Official row -> its all-in bits: the target that the planner is given."""
 
-TUNING = {"finetune_steps": 256}
+TUNING = {"finetune_steps": 96}
 
 _ADDED: list[tuple[str, dict[str, Any]]] = [
     ("no_feedback", {"error_feedback": False}),
@@ -107,7 +107,13 @@ def _rows() -> dict[str, Row]:
         rows[f"{name}_tuned"] = Row("vptq", {"bits": bits, **TUNING}, name, 0.70)
     for bits in (2, 2.25, 3, 4):
         rows[f"vptq_{bits}b"] = Row("vptq", {"bits": bits})
+    for bits in (2, 3):
         rows[f"vptq_{bits}b_tuned"] = Row("vptq", {"bits": bits, **TUNING})
+    for method in ("vptq", "gptvq"):
+        for bits in (2.2, 3):
+            for allocation in ("uniform", "measured"):
+                settings = {"bits": bits, "allocation": allocation}
+                rows[f"{method}_{bits}b_{allocation}"] = Row(method, settings)
     settings = _BARE_VPTQ
     for step, (name, change) in enumerate(_ADDED):
         settings = {**settings, **change}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "CVXQConfig",
     "GPTVQConfig",
     "PackedLinear",
     "Plan",
@@ -47,7 +48,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-from hf_vq.configs import GPTVQConfig, VPTQConfig  # noqa: E402
+from hf_vq.configs import CVXQConfig, GPTVQConfig, VPTQConfig  # noqa: E402
 from hf_vq.registration import register  # noqa: E402
 
 register()

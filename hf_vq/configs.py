@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from hf_vq.config_base import RECORDED_FIELDS, RUNTIME_FIELDS, VQConfig
+from hf_vq.config_cvxq import CVXQConfig
 from hf_vq.config_gptvq import GPTVQConfig
 from hf_vq.config_vptq import VPTQConfig
 
-__all__ = ["RECORDED_FIELDS", "RUNTIME_FIELDS", "GPTVQConfig", "VPTQConfig", "VQConfig"]
+__all__ = [
+    "RECORDED_FIELDS",
+    "RUNTIME_FIELDS",
+    "CVXQConfig",
+    "GPTVQConfig",
+    "VPTQConfig",
+    "VQConfig",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +82,8 @@ class Plan:
     layers: module name -> spec, in execution order of the model's definition.
     dense: parameter or module name -> why it is left as it is.
     checked: whether shapes were compared with those of the weight files (`plan_model`).
+    rows: matrix -> what an error in each of its rows costs, where that was measured (see
+        `hf_vq.engine.sensitivity.Sensitivities`).
     """
 
     layers: dict[str, LayerSpec]
@@ -90,6 +92,12 @@ class Plan:
     _rows: list[LedgerRow] = field(repr=False)
     _other: tuple[int, int] = field(repr=False)  # parameters and bytes outside of the rows
     checked: bool = False
+    rows: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def as_packed(self, specs: Mapping[str, LayerSpec]) -> Plan:
+        """The plan with the specs of what was packed: some methods leave bytes unused."""
+        changed = [_repacked(row, specs.get(row.name)) for row in self._rows]
+        return replace(self, layers={**self.layers, **specs}, _rows=changed)
 
     def ledger(self) -> Ledger:
         """The exact size of every matrix and of the model."""
@@ -108,7 +116,7 @@ class Plan:
 def make_plan(model: nn.Module, config: VQConfig, gains: Mapping[str, float] | None = None) -> Plan:
     """Choose a spec for every matrix that `config` asks to quantize.
 
-    gains: as `hf_vq.engine.sensitivity.measure` returns them; None: all weights count the same.
+    gains: as `hf_vq.engine.sensitivity.measure` finds them; None: all weights count the same.
     Raises `PlanError` if a pattern matches nothing, a target is out of a matrix's reach, or nothing
     would be quantized.
     """
@@ -173,8 +181,8 @@ def measured_plan(
     from hf_vq.engine.sensitivity import measure
 
     device = calibration_device(config.calibration_device)
-    gains = measure(model, list(plan.layers), samples, device, config.seed)
-    return make_plan(model, config, gains)
+    found = measure(model, list(plan.layers), samples, device, config.seed)
+    return replace(make_plan(model, config, found.gains), rows=found.rows)
 
 
 def _row(name: str, param: torch.Tensor, spec: LayerSpec | None, reason: str) -> LedgerRow:
@@ -183,6 +191,10 @@ def _row(name: str, param: torch.Tensor, spec: LayerSpec | None, reason: str) ->
     if spec is not None:
         cost, bits = spec.nbytes, spec.bits_per_weight
     return LedgerRow(name, tuple(param.shape), param.numel(), size, cost, bits, reason)
+
+
+def _repacked(row: LedgerRow, spec: LayerSpec | None) -> LedgerRow:
+    return row if spec is None else row._replace(bytes=spec.nbytes, bits=spec.bits_per_weight)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -150,6 +150,7 @@ class VQHfQuantizer(HfQuantizer):
         self._plan = self._samples = None
         reporter = Reporter()
         quantize_model(model, plan, samples, config, reporter)
+        plan = plan.as_packed({n: layer.spec for n, layer in loading.packed_layers(model).items()})
         record(config, model, samples, self._files)
         self.report = {**reporter.to_dict(), "ledger": plan.ledger().to_dict(), "dense": plan.dense}
         if plan.gains is not None:

@@ -52,7 +52,11 @@ class Method:
 
     @property
     def quantize(self) -> Callable[..., Any]:
-        """(weight, statistics, spec, options) -> codes and what they cost."""
+        """(weight, statistics, spec, options) -> a result: its codes, what they cost, notes.
+
+        Where only the codes say how large they are, `result.spec` is theirs and takes the place of
+        the one asked for, which is never smaller.
+        """
         return _load(self.quantize_path)
 
     @property
@@ -81,6 +85,15 @@ METHODS: dict[str, Method] = {
             "hf_vq.methods.vptq_spec:expected_error",
             "hf_vq.methods.vptq:quantize",
             "hf_vq.methods.vptq:VPTQOptions",
+        ),
+        Method(
+            "cvxq",
+            "hf_vq.configs:CVXQConfig",
+            "hf_vq.formats.cvxq:CVXQSpec",
+            "hf_vq.methods.cvxq_spec:choose_spec",
+            "hf_vq.methods.cvxq_spec:expected_error",
+            "hf_vq.methods.cvxq:quantize",
+            "hf_vq.methods.cvxq:CVXQOptions",
         ),
     )
 }

@@ -70,14 +70,18 @@ class PowerOfTwo:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few values."""
+    """One of a few values; `aliases` are other words for some of them, as (word, value)."""
 
     values: tuple[Any, ...]
     optional: bool = False
+    aliases: tuple[tuple[str, Any], ...] = ()
 
     def check(self, name: str, value: Any) -> Any:
         if value is None and self.optional:
             return None
+        for word, meant in self.aliases:
+            if value == word:
+                return meant
         for known in self.values:
             if not isinstance(value, bool) and value == known:
                 return known

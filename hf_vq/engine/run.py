@@ -12,7 +12,7 @@ Only one block and its statistics are ever on the calibration device; hidden sta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -66,7 +66,7 @@ def quantize_model(
     """
     reporter.start(len(plan.layers), sum(s.num_weights for s in plan.layers.values()))
     try:
-        worker = _Worker(model, plan.layers, config, reporter)
+        worker = _Worker(model, plan, config, reporter)
         largest = max(s.num_weights for s in plan.layers.values())
         with _enough_threads(largest), returning_large_arrays(largest * 4):
             if samples is None:
@@ -97,8 +97,10 @@ def _enough_threads(weights: int) -> Iterator[None]:
 class _Worker:
     """Quantizes single matrices and swaps the packed layers in."""
 
-    def __init__(self, model: nn.Module, specs: dict[str, LayerSpec], config: Any, reporter: Any):
-        self.model, self.specs, self.config, self.reporter = model, specs, config, reporter
+    def __init__(self, model: nn.Module, plan: Any, config: Any, reporter: Any):
+        self.model, self.config, self.reporter = model, config, reporter
+        self.specs: dict[str, LayerSpec] = plan.layers
+        self.rows: Mapping[str, torch.Tensor] = plan.rows
         self.method = get_method(config.method)
         self.device = calibration_device(config.calibration_device)
         self.packed: dict[str, PackedLinear] = {}
@@ -109,18 +111,23 @@ class _Worker:
         for name in names:
             if statistics is not None:
                 statistics.last = name == names[-1]
+                # the only part that belongs to one matrix: a copy would lose the shared factor
+                rows = self.rows.get(name)
+                statistics.sensitivity = None if rows is None else rows.to(self.device)
             self._quantize(name, statistics, self._pull(name, statistics))
             release()
 
     def _pull(self, name: str, statistics: Statistics | None) -> torch.Tensor | None:
         """W S, as far as it can be trusted. The last matrix takes the shift along."""
-        if statistics is None or statistics.shift is None and statistics.pull is None:
+        if statistics is None:
             return None
         shift, pull = statistics.shift, statistics.pull
         if statistics.last:
             statistics.shift = statistics.pull = None
-        if pull is None:
+        if shift is not None:
             pull = self._weight(name) @ shift
+        if pull is None:
+            return None
         # Little data overfits: the noise of the estimate grows with channels per token
         tokens = statistics.tokens
         return pull.mul_(tokens / (tokens + _SHRINKAGE * len(statistics.hessian)))
@@ -152,6 +159,7 @@ class _Worker:
             weight = correction(pull, factor).add_(weight)
             del factor
         result = self.method.quantize(weight, statistics, spec, options)
+        spec = getattr(result, "spec", None) or spec
         tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
         bias = None if linear.bias is None else linear.bias.detach().cpu()
         self.packed[name] = PackedLinear.from_packed(

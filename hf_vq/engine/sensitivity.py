@@ -5,7 +5,8 @@ random signs e the gradient of ``e . z`` has an expected square of the squared c
 Jacobian, so one backward pass measures them all (Hutchinson; CVXQ section 2 with random signs).
 An error of variance v in every weight of a matrix, placed by error feedback, becomes
 ``v sum_j R_jj^2`` in each of its outputs (H = R R^T, `hf_vq.methods.feedback`), and
-``v sum_j R_jj^2 sum_o mean (d e.z / d y_o)^2`` in z. `measure` returns that for v = mean W^2.
+``v sum_j R_jj^2 sum_o mean (d e.z / d y_o)^2`` in z. `measure` returns that for v = mean W^2, and
+the terms of the last sum, by which a method may tell the rows of a matrix apart.
 
 The backward pass goes block by block: what is held is the input of every block, for the few
 thousand tokens this needs, and the graph and Hessians of one block.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,20 +42,32 @@ class SensitivityError(ValueError):
     """The gradients are no basis for anything: they vanish or are not finite."""
 
 
+@dataclass(frozen=True)
+class Sensitivities:
+    """What errors cost in the final states, by the name of the linear layer.
+
+    gains: what the whole energy of the weights would, as an error; a spec whose expected error is
+    r, relative to that energy, costs r times as much. rows: float32 (out_features,) on the CPU,
+    what a unit of squared error in an output costs. Layers that no token reaches have gain 0 and
+    no rows.
+    """
+
+    gains: dict[str, float]
+    rows: dict[str, torch.Tensor]
+
+
 def measure(
     model: nn.Module,
     names: list[str],
     samples: torch.Tensor,
     device: torch.device,
     seed: int = 0,
-) -> dict[str, float]:
-    """Name of a linear layer -> what its whole energy as an error would cost in the final states.
+) -> Sensitivities:
+    """Sensitivities of the linear layers called `names`, from one backward pass.
 
-    A spec whose expected error is r, relative to the weights' energy, costs r times that. model: a
-    Transformers decoder whose base model returns `last_hidden_state`. samples: int64 (n, seqlen)
-    tokens, of which the first few thousand are used. device: where blocks are run. Layers that no
-    token reaches have 0. Raises `SensitivityError`, and `BlockError` for a model whose blocks
-    cannot be run one by one.
+    model: a Transformers decoder whose base model returns `last_hidden_state`. samples: int64
+    (n, seqlen) tokens, of which the first few thousand are used. device: where blocks are run.
+    Raises `SensitivityError`, and `BlockError` for a model whose blocks cannot be run one by one.
     """
     blocks = find_blocks(model)
     home = next(model.parameters()).device
@@ -75,7 +89,7 @@ def measure(
         _from_the_top(model, list(blocks.values()), captured, batch, hidden, generator)
         for batch, hidden in pairs
     ]
-    found = dict.fromkeys(names, 0.0)
+    found = Sensitivities(dict.fromkeys(names, 0.0), {})
     for index, (name, block) in reversed(list(enumerate(blocks.items()))):
         inside = {n.removeprefix(f"{name}."): n for n in names if n.startswith(f"{name}.")}
         with _on(block, device), _frozen(block):
@@ -84,8 +98,9 @@ def measure(
             sums = _BlockSums(path, linears, inputs[index][0])
             for batch, hidden in enumerate(inputs.pop()):
                 gradients[batch] = sums.step(hidden, gradients[batch]).to(home)
-            found.update({inside[n]: value for n, value in sums.values().items()})
-    _check(found)
+            found.gains.update({inside[n]: value for n, value in sums.values().items()})
+            found.rows.update({inside[n]: rows for n, rows in sums.rows().items()})
+    _check(found.gains)
     return found
 
 
@@ -126,7 +141,8 @@ class _BlockSums:
         self.hessians = {
             g[0]: HessianAccumulator(linears[g[0]].in_features, path.device) for g in self.groups
         }
-        self.energy = dict.fromkeys(linears, 0.0)
+        self.energy: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
 
     def step(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient by the block's input (batch, seqlen, width), given that by its output."""
@@ -157,7 +173,10 @@ class _BlockSums:
                 handle.remove()
         for name, by_output in zip(outputs, found[1:], strict=True):
             if by_output is not None:
-                self.energy[name] += float(by_output.float().square().sum())
+                rows = by_output.detach().flatten(0, -2)
+                energy = rows.float().square().sum(0)
+                self.energy[name] = energy + self.energy.get(name, 0)
+                self.tokens[name] = self.tokens.get(name, 0) + len(rows)
         return torch.zeros_like(start) if found[0] is None else found[0]
 
     def values(self) -> dict[str, float]:
@@ -169,9 +188,14 @@ class _BlockSums:
             upper = factorize(statistics.hessian, _DAMPING, in_place=True).upper
             reached = float(upper.diagonal().double().square().sum())
             for name in group:
-                weight = float(self.linears[name].weight.float().square().mean())
-                out[name] = weight * reached * self.energy[name] / statistics.tokens
+                if name in self.energy:
+                    weight = float(self.linears[name].weight.float().square().mean())
+                    energy = float(self.energy[name].sum(dtype=torch.float64))
+                    out[name] = weight * reached * energy / statistics.tokens
         return out
+
+    def rows(self) -> dict[str, torch.Tensor]:
+        return {n: (e / max(self.tokens[n], 1)).cpu() for n, e in self.energy.items()}
 
 
 def _check(found: dict[str, float]) -> None:

@@ -89,6 +89,10 @@ class CVXQSpec(LayerSpec):
         )
 
     @property
+    def descending(self) -> bool:
+        return True  # groups lie in one column, so any order of work can be undone
+
+    @property
     def trainable(self) -> CVXQSpec | None:
         """With 16-bit floats as float32. None for scales that are codes on a grid; see `widen`."""
         if self.scale_dtype == "log8":

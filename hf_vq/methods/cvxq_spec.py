@@ -77,7 +77,7 @@ def _choose(
             found.append(replace(spec, num_words=words))
     if not found:
         raise ValueError(_out_of_reach(rows, columns, bits, dict(fixed), added_bias))
-    return min(found, key=_expected_error)
+    return min(found, key=expected_error)
 
 
 def index_budget(spec: CVXQSpec, bits: float, added_bias: bool = False) -> int:
@@ -128,7 +128,8 @@ def _candidates(rows: int, columns: int, overrides: dict[str, Any]) -> Iterator[
             yield CVXQSpec(rows, columns, size, 0, **given, permuted=bool(order and size < rows))
 
 
-def _expected_error(spec: CVXQSpec) -> float:
+def expected_error(spec: CVXQSpec) -> float:
+    """Per weight, relative to the weights' energy; a fit, good for comparing specs."""
     stored = spec.num_groups * spec.group_rows
     rate = 32 * spec.num_words / stored
     error = 4.0**-rate * spec.group_rows ** (ADAPTATION * rate)

@@ -79,7 +79,7 @@ def plan_for(model):
     for name in names:
         rows, columns = model.get_submodule(name).weight.shape
         layers[name] = GPTVQSpec(rows, columns, 2, 16, 32, 32)
-    return SimpleNamespace(layers=layers)
+    return SimpleNamespace(layers=layers, rows={})
 
 
 def work(model, samples, config=None, plan=None):
@@ -396,7 +396,7 @@ def test_the_report_is_finished_when_things_go_wrong():
 
 def test_models_without_blocks_are_refused():
     model = nn.Sequential(nn.Linear(64, 64))
-    plan = SimpleNamespace(layers={"0": GPTVQSpec(64, 64, 2, 16, 32, 32)})
+    plan = SimpleNamespace(layers={"0": GPTVQSpec(64, 64, 2, 16, 32, 32)}, rows={})
     with pytest.raises(BlockError, match="Sequential has no list of decoder blocks"):
         work(model, fakes.ids(), plan=plan)
 

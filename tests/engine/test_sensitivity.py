@@ -46,30 +46,37 @@ def jacobian_of(model, linear, window) -> tuple[torch.Tensor, torch.Tensor]:
     return found, seen[0].reshape(-1, linear.in_features).detach()
 
 
-def slowly(model, names, samples) -> dict[str, float]:
-    """The same from whole Jacobians, one window at a time."""
-    out = {}
+def slowly(model, names, samples) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Gains and rows from whole Jacobians, one window at a time."""
+    out, rows = {}, {}
     for name in names:
         linear = model.get_submodule(name)
         pairs = [jacobian_of(model, linear, window) for window in samples]
         # the signed sum is divided by the root of the tokens
-        energy = sum(float(j.double().square().sum()) for j, _ in pairs) / samples.shape[1]
+        per_row = (
+            sum(j.detach().double().square().sum((0, 1, 2, 3)) for j, _ in pairs) / samples.shape[1]
+        )
+        rows[name] = per_row / samples.numel()
+        energy = float(per_row.sum())
         x = torch.cat([x for _, x in pairs]).double()
         upper = factorize((x.T @ x / len(x)).float()).upper
         weight = float(linear.weight.double().square().mean())
         out[name] = weight * float(upper.diagonal().square().sum()) * energy / len(x)
-    return out
+    return out, rows
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_many_draws_average_to_the_jacobian(kind):
     model, samples = tiny(kind).float().eval(), tokens(2)[:, :5]
     names = linears(model)[-3:] + linears(model)[:1]
-    expected = slowly(model, names, samples)
+    expected, rows = slowly(model, names, samples)
     draws = [measure(model, names, samples, CPU, seed) for seed in range(40)]
     for name in names:
-        mean = sum(d[name] for d in draws) / len(draws)
+        mean = sum(d.gains[name] for d in draws) / len(draws)
         assert mean == pytest.approx(expected[name], rel=0.2), name
+        by_row = sum(d.rows[name] for d in draws) / len(draws)
+        assert by_row.dtype == torch.float32 and by_row.shape == rows[name].shape
+        assert float((by_row - rows[name]).abs().sum() / rows[name].sum()) < 0.2, name
 
 
 def test_the_model_is_left_as_it_was():
@@ -84,15 +91,15 @@ def test_the_model_is_left_as_it_was():
 def test_one_draw_is_repeatable_and_close_to_another():
     model, samples = tiny("llama").float(), tokens(16)
     names = linears(model)
-    first, again = (measure(model, names, samples, CPU, 0) for _ in "ab")
-    other = measure(model, names, samples, CPU, 1)
+    first, again = (measure(model, names, samples, CPU, 0).gains for _ in "ab")
+    other = measure(model, names, samples, CPU, 1).gains
     assert first == again
     assert all(0.5 < other[n] / first[n] < 2 for n in names)
 
 
 def test_experts_that_no_token_reached_have_none():
     model = tiny("mixtral").float()
-    found = measure(model, [*linears(model)], tokens(2), CPU)
+    found = measure(model, [*linears(model)], tokens(2), CPU).gains
     assert all(v >= 0 for v in found.values()) and any(v > 0 for v in found.values())
 
 

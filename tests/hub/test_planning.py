@@ -80,7 +80,9 @@ def test_the_saved_files_hold_what_was_planned(dense, tmp_path, method):
     if not _quantizes(method):
         pytest.skip(f"{method} has no quantizer")
     fields = {k: v for k, v in QUICK.items() if k in CONFIGS[method].rules}
-    config = CONFIGS[method](3.0, dataset=tokens(4, 64), seqlen=64, nsamples=4, **fields)
+    config = CONFIGS[method](
+        3.0, dataset=tokens(4, 64), seqlen=64, nsamples=4, allocation="uniform", **fields
+    )
     plan = plan_model(dense, config)
     load(dense, quantization_config=config, dtype="auto").save_pretrained(tmp_path)
     saved = read_checkpoint(tmp_path)
