@@ -18,6 +18,9 @@ from hf_vq.registry import Method
 # Targets in bits per weight, relative to the one asked for, at which specs are looked for.
 _OFFSETS = [step / 8 for step in range(-12, 25)] + [-1 / 16, 1 / 16, 3 / 16, 5 / 16]
 _LEAST, _MOST = 1.0, 8.0
+# Targets that a size is met with, beside those around its average: all there are, coarsely, and
+# finely at the lower end, which says what is out of reach.
+_GRID = [step / 8 for step in range(8, 17)] + [step / 4 for step in range(9, 33)]
 
 
 class Wanted(NamedTuple):
@@ -54,56 +57,104 @@ def choose_specs(
         if layer.bits is not None:
             together.setdefault(layer.bits, []).append(name)
     for bits, names in together.items():
-        specs.update(_share(method, bits, {name: wanted[name] for name in names}, gains))
+        pool = Pool(method, {name: wanted[name] for name in names}, gains, around(bits))
+        # the tolerance only forgives the rounding of floats: 2.1 * 10 is not 21
+        specs.update(pool.choose(bits * pool.num_weights / 8 * (1 + 1e-12)))
     return specs
+
+
+def around(bits: float) -> list[float]:
+    """Targets in bits per weight to look for specs at; `bits` is the first."""
+    near = (bits + offset for offset in _OFFSETS)
+    return [bits, *(b for b in near if _LEAST <= b <= _MOST)]
+
+
+def everywhere(bits: float) -> list[float]:
+    """Targets over the whole range, more of them around `bits`."""
+    return sorted({*around(min(max(bits, _LEAST), _MOST)), *_GRID})
+
+
+class Pool:
+    """Matrices that share one budget: what each could be, and what that would cost.
+
+    gains: what each matrix's relative error costs (`hf_vq.engine.sensitivity`); None: as much as
+    its number of weights. targets: bits per weight to look for specs at. Raises `UnreachableError`
+    for a matrix that can have none of them.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        wanted: Mapping[str, Wanted],
+        gains: Mapping[str, float] | None,
+        targets: list[float],
+    ) -> None:
+        self.method, self.wanted = method, wanted
+        curves: dict[tuple, list[LayerSpec]] = {}
+        self._items: dict[str, list[LayerSpec]] = {}
+        for name, (shape, layer) in wanted.items():
+            fields = _fields(layer)
+            key = (shape, tuple(fields.items()))
+            if key not in curves:
+                curves[key] = _curve(method, name, shape, targets, fields)
+            self._items[name] = curves[key]
+        weights = {name: specs[0].num_weights for name, specs in self._items.items()}
+        self.num_weights = sum(weights.values())
+        if gains is None:
+            self.costs = {name: float(number) for name, number in weights.items()}
+        else:
+            # one that nothing reached (an expert): as the least of the others
+            least = min((g for g in gains.values() if g > 0), default=1.0)
+            self.costs = {name: gains.get(name, 0.0) or least for name in wanted}
+
+    def smallest(self) -> dict[str, LayerSpec]:
+        """Every matrix as small as it can be."""
+        return {n: min(specs, key=lambda s: s.nbytes) for n, specs in self._items.items()}
+
+    def choose(self, budget: float) -> dict[str, LayerSpec]:
+        """Specs of at most `budget` bytes together, of the least expected error in all.
+
+        Raises `hf_vq.methods.allocation.AllocationError` for less than the smallest take.
+        """
+        errors = [[self.error(n, s) for s in specs] for n, specs in self._items.items()]
+        sizes = [[s.nbytes for s in specs] for specs in self._items.values()]
+        found = allocate(sizes, errors, budget)
+        pairs = zip(self._items.items(), found.choice, strict=True)
+        return {name: specs[i] for (name, specs), i in pairs}
+
+    def error(self, name: str, spec: LayerSpec) -> float:
+        """What the matrix called `name` would cost as `spec`."""
+        return self.costs[name] * self.method.expected_error(spec)
+
+    def filled(self, name: str, spec: LayerSpec, spare: int) -> LayerSpec | None:
+        """What the matrix could be instead with `spare` bytes more; None: nothing better."""
+        bits = min(_MOST, 8 * (spec.nbytes + spare) / spec.num_weights)
+        shape, layer = self.wanted[name]
+        try:
+            found = self.method.choose_spec(*shape, bits, _fields(layer))
+        except ValueError:
+            return None
+        return found if self.error(name, found) < self.error(name, spec) else None
 
 
 def _fields(layer: Any) -> dict[str, Any]:
     return {field: getattr(layer, field) for field in layer.spec_fields}
 
 
-def _share(
-    method: Method,
-    bits: float,
-    wanted: Mapping[str, Wanted],
-    gains: Mapping[str, float] | None,
-) -> dict[str, LayerSpec]:
-    """Specs of at most `bits` per weight on average, of the least expected error in all."""
-    curves: dict[tuple, list[LayerSpec]] = {}
-    items = []
-    for shape, layer in wanted.values():
-        fields = _fields(layer)
-        key = (shape, tuple(fields.items()))
-        if key not in curves:
-            curves[key] = _curve(method, shape, bits, fields)
-        items.append(curves[key])
-    if gains is None:
-        costs = [float(specs[0].num_weights) for specs in items]
-    else:
-        # one that nothing reached (an expert): as the least of the others
-        least = min((g for g in gains.values() if g > 0), default=1.0)
-        costs = [gains.get(name, 0.0) or least for name in wanted]
-    errors = [
-        [cost * method.expected_error(s) for s in specs]
-        for cost, specs in zip(costs, items, strict=True)
-    ]
-    sizes = [[s.nbytes for s in specs] for specs in items]
-    weights = sum(specs[0].num_weights for specs in items)
-    # the tolerance only forgives the rounding of floats: 2.1 * 10 is not 21
-    found = allocate(sizes, errors, bits * weights / 8 * (1 + 1e-12))
-    chosen = (specs[i] for specs, i in zip(items, found.choice, strict=True))
-    return dict(zip(wanted, chosen, strict=True))
-
-
 def _curve(
-    method: Method, shape: tuple[int, ...], bits: float, fields: dict[str, Any]
+    method: Method,
+    name: str,
+    shape: tuple[int, ...],
+    targets: list[float],
+    fields: dict[str, Any],
 ) -> list[LayerSpec]:
-    """Specs around the target, the one for the target itself among them."""
-    found = [method.choose_spec(*shape, bits, fields)]
-    for offset in _OFFSETS:
-        if _LEAST <= bits + offset <= _MOST:
-            try:
-                found.append(method.choose_spec(*shape, bits + offset, fields))
-            except ValueError:  # out of this matrix's reach
-                continue
+    """Specs for as many of the targets as the matrix can meet."""
+    found, reason = [], ""
+    for bits in targets:
+        try:
+            found.append(method.choose_spec(*shape, bits, fields))
+        except ValueError as error:  # out of this matrix's reach
+            reason = str(error)
+    if not found:
+        raise UnreachableError(name, reason)
     return list(dict.fromkeys(found))

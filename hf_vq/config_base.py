@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ RUNTIME_FIELDS = (
     "max_memory",
     "offload_folder",
     "dequantize",
+    "measurement",
 )
 RECORDED_FIELDS = (
     "format_version",
@@ -39,6 +41,10 @@ RECORDED_FIELDS = (
 """Recorded by all methods; where the layers are depends on the format."""
 
 
+class DefaultBits(float):
+    """The target in bits that holds if neither `bits` nor `size` is given."""
+
+
 class VQConfig(QuantizationConfigMixin):
     """What the configs of all methods share: the target, the calibration data, the exceptions.
 
@@ -47,6 +53,7 @@ class VQConfig(QuantizationConfigMixin):
 
     quant_method: Any
     bits: float | None
+    size: str | int | None = None
     seed: int
     nsamples: int
     seqlen: int | None
@@ -56,6 +63,8 @@ class VQConfig(QuantizationConfigMixin):
     finetune_steps: int = 0
     """Of layer-wise fine-tuning, for methods whose codebooks can be trained."""
     finetune_lr: float | None = None
+    bias_correction: bool = False
+    """Whether biases take up the mean error, for methods whose format can add them to a layer."""
     method: ClassVar[str] = ""
     rules: ClassVar[dict[str, Rule]] = {}
     layer_fields: ClassVar[frozenset[str]] = frozenset()
@@ -72,9 +81,17 @@ class VQConfig(QuantizationConfigMixin):
         max_memory: dict | None,
         offload_folder: str | None,
         dequantize: bool,
+        measurement: Any = None,
         **fields: Any,
     ) -> None:
         self.quant_method = self.method
+        if fields.get("size") is not None:
+            if not isinstance(fields["bits"], (DefaultBits, type(None))):
+                raise ValueError(
+                    f"size={fields['size']!r} and bits={fields['bits']!r} both say how large the "
+                    "model becomes; give one of them"
+                )
+            fields["bits"] = None
         for name, value in fields.items():
             setattr(self, name, value)
         self.modules_to_not_convert = _check_names(modules_to_not_convert)
@@ -85,6 +102,7 @@ class VQConfig(QuantizationConfigMixin):
         self.max_memory = max_memory
         self.offload_folder = offload_folder
         self.dequantize = bool(dequantize)
+        self.measurement = _check_path("measurement", measurement)
         self.recorded: dict[str, Any] = {}
         self.unknown: dict[str, Any] = {}
         self.unstated: frozenset[str] = frozenset()
@@ -293,6 +311,12 @@ def _check_dataset(dataset: Any) -> Any:
     if isinstance(dataset, (str, list, tuple)) and len(dataset) == 0:
         raise ValueError("dataset is empty; pass texts or tokens, or None to quantize without data")
     return dataset
+
+
+def _check_path(name: str, path: Any) -> str | None:
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"{name} must be the name of a file, not {path!r}")
+    return None if path is None else os.fspath(path)
 
 
 def _check_device(device: Any) -> Any:

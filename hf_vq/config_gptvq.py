@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hf_vq.config_base import VQConfig, refuse_unknown
+from hf_vq.config_base import DefaultBits, VQConfig, refuse_unknown
 from hf_vq.rules import Choice, Flag, Number, Rule
+from hf_vq.sizes import SizeRule
+
+_BITS = DefaultBits(2.25)
 
 
 class GPTVQConfig(VQConfig):
@@ -14,6 +17,10 @@ class GPTVQConfig(VQConfig):
     Args:
         bits: all-in target over the quantized weights (codes, codebooks and scales together), 1 to
             8. None: whatever `vector_dim`, `index_bits` and `group_size`, then all required, cost.
+        size: of the saved files instead: "7.5GB" (GiB, MB, ...) or a number of bytes for all of the
+            `*.safetensors` files, their index and config.json, or "fits:8GB" ("fits:8GB@4096") for
+            what leaves room in 8 GB for the key-value cache of 4096 tokens, or as many as the model
+            takes, and for activations. Never exceeded. None: `bits` decides.
         vector_dim: weights per vector, 1, 2, 4 or 8. None: chosen per matrix.
         index_bits: bits per vector's index, 1 to 16; a codebook has 2**index_bits vectors.
         group_size: weights that share one codebook, 8 to 2**31.
@@ -48,6 +55,8 @@ class GPTVQConfig(VQConfig):
         max_memory, offload_folder: for dispatching the packed model, as in `from_pretrained`,
             which does not hand its own on. Runtime only.
         dequantize: load a packed checkpoint as a dense model. Runtime only.
+        measurement: file of the backward pass behind allocation="measured": written if there is
+            none, used instead of another pass if there is. Runtime only.
 
     Raises:
         ValueError: a field is outside its range, or fields contradict each other.
@@ -56,6 +65,7 @@ class GPTVQConfig(VQConfig):
     method: ClassVar[str] = "gptvq"
     rules: ClassVar[dict[str, Rule]] = {
         "bits": Number(1, 8, optional=True),
+        "size": SizeRule(),
         "vector_dim": Choice((1, 2, 4, 8), optional=True),
         "index_bits": Number(1, 16, integer=True, optional=True),
         "group_size": Number(8, 2**31, integer=True, optional=True),
@@ -89,6 +99,7 @@ class GPTVQConfig(VQConfig):
     layer_fields: ClassVar[frozenset[str]] = frozenset(rules) - {
         "true_sequential",
         "asymmetric_calibration",
+        "size",
         "allocation",
         "seed",
         "nsamples",
@@ -97,8 +108,9 @@ class GPTVQConfig(VQConfig):
 
     def __init__(
         self,
-        bits: float | None = 2.25,
+        bits: float | None = _BITS,
         *,
+        size: str | int | None = None,
         vector_dim: int | None = None,
         index_bits: int | None = None,
         group_size: int | None = None,
@@ -126,6 +138,7 @@ class GPTVQConfig(VQConfig):
         max_memory: dict | None = None,
         offload_folder: str | None = None,
         dequantize: bool = False,
+        measurement: Any = None,
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)
@@ -138,7 +151,9 @@ class GPTVQConfig(VQConfig):
             max_memory=max_memory,
             offload_folder=offload_folder,
             dequantize=dequantize,
+            measurement=measurement,
             bits=bits,
+            size=size,
             vector_dim=vector_dim,
             index_bits=index_bits,
             group_size=group_size,
@@ -178,7 +193,7 @@ class GPTVQConfig(VQConfig):
 
     def check(self) -> None:
         dim, index_bits = self.vector_dim, self.index_bits
-        if self.bits is None and not (dim and index_bits and self.group_size):
+        if self.bits is None and self.size is None and not (dim and index_bits and self.group_size):
             raise ValueError(
                 "bits=None leaves the size to the geometry: give vector_dim, index_bits and "
                 "group_size, or a target in bits from 1 to 8"

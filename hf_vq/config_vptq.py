@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hf_vq.config_base import VQConfig, refuse_unknown
+from hf_vq.config_base import DefaultBits, VQConfig, refuse_unknown
 from hf_vq.rules import Choice, Flag, Number, PowerOfTwo, Rule
+from hf_vq.sizes import SizeRule
+
+_BITS = DefaultBits(2.25)
 
 
 class VPTQConfig(VQConfig):
@@ -15,6 +18,10 @@ class VPTQConfig(VQConfig):
         bits: all-in target over the quantized weights (indices, codebooks, outliers, norm and
             permutation together), 1 to 8. None: whatever `vector_dim` and `num_centroids`, then
             required, cost.
+        size: of the saved files instead: "7.5GB" (GiB, MB, ...) or a number of bytes for all of the
+            `*.safetensors` files, their index and config.json, or "fits:8GB" ("fits:8GB@4096") for
+            what leaves room in 8 GB for the key-value cache of 4096 tokens, or as many as the model
+            takes, and for activations. Never exceeded. None: `bits` decides.
         vector_dim: weights per vector, 2 to 16. None: chosen per matrix.
         num_centroids: vectors per codebook, a power of two from 2 to 65536.
         num_res_centroids: vectors per residual codebook, a power of two from 2 to num_centroids;
@@ -61,6 +68,8 @@ class VPTQConfig(VQConfig):
         max_memory, offload_folder: for dispatching the packed model, as in `from_pretrained`,
             which does not hand its own on. Runtime only.
         dequantize: load a packed checkpoint as a dense model. Runtime only.
+        measurement: file of the backward pass behind allocation="measured": written if there is
+            none, used instead of another pass if there is. Runtime only.
 
     Raises:
         ValueError: a field is outside its range, or fields contradict each other.
@@ -69,6 +78,7 @@ class VPTQConfig(VQConfig):
     method: ClassVar[str] = "vptq"
     rules: ClassVar[dict[str, Rule]] = {
         "bits": Number(1, 8, optional=True),
+        "size": SizeRule(),
         "vector_dim": Number(2, 16, integer=True, optional=True),
         "num_centroids": PowerOfTwo(2, 65536, optional=True),
         "num_res_centroids": PowerOfTwo(2, 65536, optional=True, also=(0,)),
@@ -113,6 +123,7 @@ class VPTQConfig(VQConfig):
         "calibration_inputs",
         "finetune_steps",
         "finetune_lr",
+        "size",
         "allocation",
         "seed",
         "nsamples",
@@ -121,8 +132,9 @@ class VPTQConfig(VQConfig):
 
     def __init__(
         self,
-        bits: float | None = 2.25,
+        bits: float | None = _BITS,
         *,
+        size: str | int | None = None,
         vector_dim: int | None = None,
         num_centroids: int | None = None,
         num_res_centroids: int | None = None,
@@ -156,6 +168,7 @@ class VPTQConfig(VQConfig):
         max_memory: dict | None = None,
         offload_folder: str | None = None,
         dequantize: bool = False,
+        measurement: Any = None,
         **unknown: Any,
     ) -> None:
         refuse_unknown(type(self), unknown)
@@ -168,7 +181,9 @@ class VPTQConfig(VQConfig):
             max_memory=max_memory,
             offload_folder=offload_folder,
             dequantize=dequantize,
+            measurement=measurement,
             bits=bits,
+            size=size,
             vector_dim=vector_dim,
             num_centroids=num_centroids,
             num_res_centroids=num_res_centroids,
@@ -220,7 +235,7 @@ class VPTQConfig(VQConfig):
 
     def check(self) -> None:
         dim, main, res = self.vector_dim, self.num_centroids, self.num_res_centroids
-        if self.bits is None and not (dim and main):
+        if self.bits is None and self.size is None and not (dim and main):
             raise ValueError(
                 "bits=None leaves the size to the geometry: give vector_dim and num_centroids, or "
                 "a target in bits from 1 to 8"

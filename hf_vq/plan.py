@@ -17,9 +17,12 @@ from torch import nn
 from hf_vq.budget import UnreachableError, Wanted, choose_specs
 from hf_vq.configs import VQConfig
 from hf_vq.engine.blocks import find_blocks
+from hf_vq.footprint import SavedSize
 from hf_vq.formats.base import LayerSpec
+from hf_vq.origin import provenance
 from hf_vq.patterns import matches
 from hf_vq.registry import get_method
+from hf_vq.sizing import SizeError, fit_size
 
 _MIN_WEIGHTS = 1024
 """Smaller matrices stay dense: a codebook would cost as much as they do."""
@@ -93,6 +96,7 @@ class Plan:
     _other: tuple[int, int] = field(repr=False)  # parameters and bytes outside of the rows
     checked: bool = False
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    size: SavedSize | None = None  # of the files, where a size was asked for
 
     def as_packed(self, specs: Mapping[str, LayerSpec]) -> Plan:
         """The plan with the specs of what was packed: some methods leave bytes unused."""
@@ -113,12 +117,18 @@ class Plan:
         )
 
 
-def make_plan(model: nn.Module, config: VQConfig, gains: Mapping[str, float] | None = None) -> Plan:
+def make_plan(
+    model: nn.Module,
+    config: VQConfig,
+    gains: Mapping[str, float] | None = None,
+    recorded: Mapping[str, Any] | None = None,
+) -> Plan:
     """Choose a spec for every matrix that `config` asks to quantize.
 
     gains: as `hf_vq.engine.sensitivity.measure` finds them; None: all weights count the same.
-    Raises `PlanError` if a pattern matches nothing, a target is out of a matrix's reach, or nothing
-    would be quantized.
+    recorded: what `config.json` will say beside the layers (`hf_vq.origin.provenance`), which
+    counts towards `config.size`; None: what it says without calibration data. Raises `PlanError` if
+    a pattern matches nothing, a target is out of reach, or nothing would be quantized.
     """
     _check_model(model)
     method = get_method(config.method)
@@ -157,24 +167,37 @@ def make_plan(model: nn.Module, config: VQConfig, gains: Mapping[str, float] | N
     if not wanted:
         why = "; ".join(f"{n}: {r}" for n, r in list(dense.items())[:5]) or "it has no matrices"
         raise PlanError(f"nothing to quantize in {type(model).__name__} ({why})")
+    files: SavedSize | None = None
     try:
-        layers = choose_specs(method, wanted, gains)
-    except UnreachableError as error:
+        if config.size is None:
+            layers = choose_specs(method, wanted, gains)
+        else:
+            if recorded is None:
+                recorded = provenance(config, getattr(model, "name_or_path", ""))
+            layers, files, _ = fit_size(model, config, method, wanted, gains, recorded)
+    except (UnreachableError, SizeError) as error:
         raise PlanError(str(error)) from None
     rows = [_row(name, param, layers.get(name), dense.get(name, "")) for name, param in matrices]
-    return Plan(layers, dense, gains, rows, (other[0], other[1]))
+    return Plan(layers, dense, gains, rows, (other[0], other[1]), size=files)
 
 
 def measured_plan(
-    model: nn.Module, config: VQConfig, samples: torch.Tensor | None, plan: Plan
+    model: nn.Module,
+    config: VQConfig,
+    samples: torch.Tensor | None,
+    plan: Plan,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Plan:
     """`plan` once more, with bits where they matter most; as it is, if config does not ask for it.
 
     model: with its weights. samples: int64 (n, seqlen) tokens; without them nothing is measured.
-    Raises `SensitivityError` (hf_vq.engine.sensitivity).
+    recorded: as for `make_plan`. Raises `SensitivityError` (hf_vq.engine.sensitivity).
     """
     targets = [config.for_layer(name) for name in plan.layers]
-    shared = sum(layer is not None and layer.bits is not None for layer in targets)
+    shared = sum(
+        layer is not None and (layer.bits is not None or layer.size is not None)
+        for layer in targets
+    )
     if config.allocation != "measured" or samples is None or shared < 2:
         return plan
     from hf_vq.engine.run import calibration_device
@@ -182,7 +205,7 @@ def measured_plan(
 
     device = calibration_device(config.calibration_device)
     found = measure(model, list(plan.layers), samples, device, config.seed)
-    return replace(make_plan(model, config, found.gains), rows=found.rows)
+    return replace(make_plan(model, config, found.gains, recorded), rows=found.rows)
 
 
 def _row(name: str, param: torch.Tensor, spec: LayerSpec | None, reason: str) -> LedgerRow:

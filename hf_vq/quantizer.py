@@ -19,7 +19,7 @@ from transformers.quantizers import HfQuantizer
 
 from hf_vq import dispatch, loading
 from hf_vq.configs import VQConfig
-from hf_vq.origin import base_model_of
+from hf_vq.origin import provenance
 from hf_vq.registry import get_method
 
 REPORT_NAME = "quantization_report.json"
@@ -139,6 +139,13 @@ class VQHfQuantizer(HfQuantizer):
                 getattr(text, "vocab_size", None),
             )
             check_sample_size(self._samples, self._plan)
+            if self.quantization_config.size is not None:
+                # to the byte, now that it is known how the calibration will be described
+                recorded = self._provenance(model)
+                self._plan = make_plan(model, self.quantization_config, recorded=recorded)
+
+    def _provenance(self, model: Any) -> dict[str, Any]:
+        return provenance(self.quantization_config, model.name_or_path, self._samples, self._files)
 
     def _quantize(self, model: Any) -> Any:
         from hf_vq.engine.report import Reporter
@@ -146,7 +153,7 @@ class VQHfQuantizer(HfQuantizer):
         from hf_vq.plan import measured_plan
 
         config, samples = self.quantization_config, self._samples
-        plan = measured_plan(model, config, samples, self._plan)
+        plan = measured_plan(model, config, samples, self._plan, self._provenance(model))
         self._plan = self._samples = None
         reporter = Reporter()
         quantize_model(model, plan, samples, config, reporter)
@@ -206,19 +213,7 @@ class VQHfQuantizer(HfQuantizer):
 
 def record(config: VQConfig, model: Any, samples: torch.Tensor | None, files: list[str]) -> None:
     """Write into `config` what the packed model is, where it comes from and what calibrated it."""
-    from hf_vq import __version__
-    from hf_vq.engine.calibration import describe_dataset
-
-    base, revision = base_model_of(model.name_or_path, files)
-    calibration: dict[str, Any] = {"dataset": describe_dataset(config.dataset), "seed": config.seed}
-    if samples is not None:
-        calibration.update(nsamples=samples.shape[0], seqlen=samples.shape[1])
-    config.recorded = {
-        "hf_vq_version": __version__,
-        "base_model": base,
-        "base_model_revision": revision,
-        "calibration": calibration,
-    }
+    config.recorded = provenance(config, model.name_or_path, samples, files)
     config.layers = loading.describe(model, config.method)
     # done with; and a model whose config holds a generator could not be pickled
     config.dataset = config.tokenizer = None

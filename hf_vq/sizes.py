@@ -76,9 +76,11 @@ def human(size: int) -> str:
 class SizeRule:
     """Rule of a config field: a size, or None."""
 
+    optional: bool = True
+
     def check(self, name: str, value: Any) -> str | int | None:
         """The value as it was written; raises ValueError naming the field."""
-        if value is None:
+        if value is None and self.optional:
             return None
         try:
             parsed = parse_size(value)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from hf_vq.cli.options import field_help, with_config_options
 from hf_vq.configs import GPTVQConfig, VPTQConfig
 from hf_vq.rules import Choice, Flag, Number
+from hf_vq.sizes import SizeRule
 
 runner = CliRunner()
 received: list[dict] = []
@@ -66,7 +67,10 @@ def test_values_arrive_as_the_config_takes_them(config, name):
         assert parse(flag)[name] is True
         assert parse(f"--no-{flag[2:]}")[name] is False
         return
-    values = rule.values if isinstance(rule, Choice) else (rule.low, rule.high, *rule.also)
+    if isinstance(rule, SizeRule):
+        values: tuple = ("7.5GB", "fits:8GiB@512", 123456)
+    else:
+        values = rule.values if isinstance(rule, Choice) else (rule.low, rule.high, *rule.also)
     for value in values:
         got = parse(flag, f"{value:d}" if isinstance(value, int) else str(value))[name]
         assert got == value
