@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hf_vq.formats.base import LayerSpec
-from hf_vq.methods.allocation import allocate
+from hf_vq.methods.allocation import AllocationError, allocate
 from hf_vq.registry import Method
 
 # Targets in bits per weight, relative to the one asked for, at which specs are looked for.
@@ -39,12 +39,16 @@ class UnreachableError(ValueError):
 
 
 def choose_specs(
-    method: Method, wanted: Mapping[str, Wanted], gains: Mapping[str, float] | None = None
+    method: Method,
+    wanted: Mapping[str, Wanted],
+    gains: Mapping[str, float] | None = None,
+    added: Mapping[str, int] | None = None,
 ) -> dict[str, LayerSpec]:
     """A spec for every matrix; those with one target in bits meet it together.
 
     gains: what each matrix's relative error costs (`hf_vq.engine.sensitivity`); None: as much as
-    its number of weights. Every matrix alone must be able to meet its target. Raises
+    its number of weights. added: bytes that are stored beside a matrix and count towards the target,
+    as biases do that it had not before. Every matrix alone must be able to meet its target. Raises
     `UnreachableError` otherwise.
     """
     specs: dict[str, LayerSpec] = {}
@@ -58,8 +62,13 @@ def choose_specs(
             together.setdefault(layer.bits, []).append(name)
     for bits, names in together.items():
         pool = Pool(method, {name: wanted[name] for name in names}, gains, around(bits))
+        beside = sum((added or {}).get(name, 0) for name in names)
         # the tolerance only forgives the rounding of floats: 2.1 * 10 is not 21
-        specs.update(pool.choose(bits * pool.num_weights / 8 * (1 + 1e-12)))
+        budget = bits * pool.num_weights / 8 * (1 + 1e-12) - beside
+        try:
+            specs.update(pool.choose(budget))
+        except AllocationError as error:
+            raise UnreachableError(names[0], f"bits={bits:g} is out of reach: {error}") from None
     return specs
 
 
