@@ -94,6 +94,48 @@ _BARE_VPTQ = {
     "asymmetric_calibration": False,
 }
 
+_CVXQ_BITS = {"cvxq_2b": 2.189, "cvxq_3b": 3.189, "cvxq_4b": 4.189}
+_CVXQ_AS_GPTQ = {"gptq_3b_g64": 3.297, "gptq_4b_g64": 4.312}
+"""Official row -> its all-in bits."""
+
+_PAPER_CVXQ = {
+    "levels": "laplace",
+    "distortion": "law",
+    "error_feedback": False,
+    "refine_iterations": 0,
+    "asymmetric_calibration": False,
+    "allocation": "uniform",
+}
+_ADDED_CVXQ: list[tuple[str, dict[str, Any]]] = [
+    ("paper", {}),
+    ("lloyd", {"levels": "lloyd"}),
+    ("distortion", {"distortion": "measured"}),
+    ("feedback", {"error_feedback": True, "reallocations": 0}),
+    ("reallocation", {"reallocations": 1}),
+    ("refinement", {"refine_iterations": 4}),
+    ("asymmetric", {"asymmetric_calibration": True}),
+    ("sensitivity", {"allocation": "measured"}),
+    ("bias_correction", {"bias_correction": True}),
+]
+"""What is added, step by step, to CVXQ as the paper has it."""
+
+
+def _cvxq_rows() -> dict[str, Row]:
+    rows = {}
+    for name, bits in _CVXQ_BITS.items():
+        rows[name] = Row("cvxq", {"bits": bits}, name, None if bits > 4 else 0.5, 1.0)
+    for name, bits in _CVXQ_AS_GPTQ.items():
+        rows[f"cvxq_as_{name}"] = Row("cvxq", {"bits": bits}, name, 1.0)
+    for bits in (2, 2.5, 3, 4):
+        rows[f"cvxq_{float(bits):g}b_all_in"] = Row("cvxq", {"bits": bits})
+    settings = {"bits": 2.189, **_PAPER_CVXQ}
+    for step, (name, change) in enumerate(_ADDED_CVXQ):
+        settings = {**settings, **change}
+        rows[f"cvxq_ablation_{step}_{name}"] = Row("cvxq", settings)
+    for name, bits in list(_CVXQ_BITS.items())[1:]:
+        rows[f"{name}_paper"] = Row("cvxq", {"bits": bits, **_PAPER_CVXQ})
+    return rows
+
 
 def _rows() -> dict[str, Row]:
     rows = {}
@@ -118,7 +160,7 @@ def _rows() -> dict[str, Row]:
     for step, (name, change) in enumerate(_ADDED):
         settings = {**settings, **change}
         rows[f"vptq_ablation_{step}_{name}"] = Row("vptq", settings)
-    return rows
+    return {**rows, **_cvxq_rows()}
 
 
 ROWS: dict[str, Row] = _rows()
@@ -127,5 +169,6 @@ ROWS: dict[str, Row] = _rows()
 DETERMINISM: dict[str, tuple[str, dict[str, Any]]] = {
     "determinism_gptvq": ("gptvq", {}),
     "determinism_vptq": ("vptq", {"finetune_steps": 4}),
+    "determinism_cvxq": ("cvxq", {}),
 }
 """Name -> method and settings of what is quantized twice."""

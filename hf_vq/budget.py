@@ -47,9 +47,9 @@ def choose_specs(
     """A spec for every matrix; those with one target in bits meet it together.
 
     gains: what each matrix's relative error costs (`hf_vq.engine.sensitivity`); None: as much as
-    its number of weights. added: bytes that are stored beside a matrix and count towards the target,
-    as biases do that it had not before. Every matrix alone must be able to meet its target. Raises
-    `UnreachableError` otherwise.
+    its number of weights. added: bytes stored beside a matrix that count towards the target, as
+    those of a bias that it had not before. Every matrix alone must be able to meet its target.
+    Raises `UnreachableError` otherwise.
     """
     specs: dict[str, LayerSpec] = {}
     together: dict[float, list[str]] = {}
