@@ -65,10 +65,15 @@ def choose_specs(
         beside = sum((added or {}).get(name, 0) for name in names)
         # the tolerance only forgives the rounding of floats: 2.1 * 10 is not 21
         budget = bits * pool.num_weights / 8 * (1 + 1e-12) - beside
+        alone = {name: specs[name] for name in names}
         try:
-            specs.update(pool.choose(budget))
+            best = pool.choose(budget)
         except AllocationError as error:
             raise UnreachableError(names[0], f"bits={bits:g} is out of reach: {error}") from None
+        # of few matrices it may leave so much unused that each for itself is better
+        if pool.fits(alone, budget) and pool.total(alone) < pool.total(best):
+            best = alone
+        specs.update(best)
     return specs
 
 
@@ -130,6 +135,14 @@ class Pool:
         found = allocate(sizes, errors, budget)
         pairs = zip(self._items.items(), found.choice, strict=True)
         return {name: specs[i] for (name, specs), i in pairs}
+
+    def total(self, specs: Mapping[str, LayerSpec]) -> float:
+        """What all of them would cost."""
+        return sum(self.error(name, spec) for name, spec in specs.items())
+
+    def fits(self, specs: Mapping[str, LayerSpec], budget: float) -> bool:
+        """Whether they take at most so many bytes."""
+        return sum(spec.nbytes for spec in specs.values()) <= budget
 
     def error(self, name: str, spec: LayerSpec) -> float:
         """What the matrix called `name` would cost as `spec`."""
