@@ -78,7 +78,7 @@ TUNING = {"finetune_steps": 96}
 
 _ADDED: list[tuple[str, dict[str, Any]]] = [
     ("no_feedback", {"error_feedback": False}),
-    ("feedback", {}),
+    ("feedback", {"error_feedback": True}),
     ("residual", {"num_res_centroids": 16, "beam": 1}),
     ("beam", {"num_res_centroids": 16, "beam": 8}),
     ("refit", {"refine_iterations": 4, "codebook_update": True, "num_res_centroids": 16}),
