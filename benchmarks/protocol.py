@@ -22,10 +22,11 @@ import hf_vq
 from hf_vq.engine.report import Reporter
 from hf_vq.engine.run import quantize_model
 from hf_vq.evaluation import compare, perplexity
+from hf_vq.formats.cvxq import CVXQSpec
 from hf_vq.formats.gptvq import GPTVQSpec
 from hf_vq.formats.vptq import VPTQSpec
 from hf_vq.loading import packed_layers
-from hf_vq.methods import gptvq, vptq
+from hf_vq.methods import cvxq, gptvq, vptq
 from hf_vq.methods.statistics import Statistics
 from hf_vq.plan import measured_plan
 from hf_vq.registry import get_method
@@ -79,7 +80,7 @@ class Protocol:
         began = time.process_time()
         plan = hf_vq.make_plan(model, config)
         plan = measured_plan(model, config, self.calibration, plan)
-        quantize_model(model, plan, self.calibration, config, Reporter())
+        plan = plan.as_packed(quantize_model(model, plan, self.calibration, config, Reporter()))
         result = Result(plan.ledger().decoder_bits, time.process_time() - began)
         for name, layer in packed_layers(model).items():
             model.set_submodule(name, layer.to_linear(torch.float32))
@@ -115,6 +116,7 @@ def warm_up() -> None:
         gptvq.quantize(weight, statistics, GPTVQSpec(8, 16, dim, 4, 8, 16))
     for residual in (0, 2):
         vptq.quantize(weight, statistics, VPTQSpec(8, 16, 2, 4, residual))
+    cvxq.quantize(weight, statistics, CVXQSpec(8, 16, 8, 12))
 
 
 def _tokens(path: Path) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hf_vq.formats.base import LayerSpec
-from hf_vq.methods.allocation import allocate
+from hf_vq.methods.allocation import AllocationError, allocate
 from hf_vq.registry import Method
 
 # Targets in bits per weight, relative to the one asked for, at which specs are looked for.
@@ -39,13 +39,17 @@ class UnreachableError(ValueError):
 
 
 def choose_specs(
-    method: Method, wanted: Mapping[str, Wanted], gains: Mapping[str, float] | None = None
+    method: Method,
+    wanted: Mapping[str, Wanted],
+    gains: Mapping[str, float] | None = None,
+    added: Mapping[str, int] | None = None,
 ) -> dict[str, LayerSpec]:
     """A spec for every matrix; those with one target in bits meet it together.
 
     gains: what each matrix's relative error costs (`hf_vq.engine.sensitivity`); None: as much as
-    its number of weights. Every matrix alone must be able to meet its target. Raises
-    `UnreachableError` otherwise.
+    its number of weights. added: bytes stored beside a matrix that count towards the target, as
+    those of a bias that it had not before. Every matrix alone must be able to meet its target.
+    Raises `UnreachableError` otherwise.
     """
     specs: dict[str, LayerSpec] = {}
     together: dict[float, list[str]] = {}
@@ -58,8 +62,18 @@ def choose_specs(
             together.setdefault(layer.bits, []).append(name)
     for bits, names in together.items():
         pool = Pool(method, {name: wanted[name] for name in names}, gains, around(bits))
+        beside = sum((added or {}).get(name, 0) for name in names)
         # the tolerance only forgives the rounding of floats: 2.1 * 10 is not 21
-        specs.update(pool.choose(bits * pool.num_weights / 8 * (1 + 1e-12)))
+        budget = bits * pool.num_weights / 8 * (1 + 1e-12) - beside
+        alone = {name: specs[name] for name in names}
+        try:
+            best = pool.choose(budget)
+        except AllocationError as error:
+            raise UnreachableError(names[0], f"bits={bits:g} is out of reach: {error}") from None
+        # of few matrices it may leave so much unused that each for itself is better
+        if pool.fits(alone, budget) and pool.total(alone) < pool.total(best):
+            best = alone
+        specs.update(best)
     return specs
 
 
@@ -121,6 +135,14 @@ class Pool:
         found = allocate(sizes, errors, budget)
         pairs = zip(self._items.items(), found.choice, strict=True)
         return {name: specs[i] for (name, specs), i in pairs}
+
+    def total(self, specs: Mapping[str, LayerSpec]) -> float:
+        """What all of them would cost."""
+        return sum(self.error(name, spec) for name, spec in specs.items())
+
+    def fits(self, specs: Mapping[str, LayerSpec], budget: float) -> bool:
+        """Whether they take at most so many bytes."""
+        return sum(spec.nbytes for spec in specs.values()) <= budget
 
     def error(self, name: str, spec: LayerSpec) -> float:
         """What the matrix called `name` would cost as `spec`."""

@@ -213,6 +213,11 @@ class CVXQConfig(VQConfig):
                 "bits=None leaves the size to the depths: give mean_depth, or a target in bits "
                 "from 1 to 8"
             )
+        if self.size is not None and self.bias_correction:
+            raise ValueError(
+                f"size={self.size!r} with bias_correction, which adds biases to layers that have "
+                "none: give the target in bits instead, which counts them"
+            )
         if self.bits is not None and self.mean_depth is not None and self.mean_depth >= self.bits:
             raise ValueError(
                 f"mean_depth={self.mean_depth:g} leaves nothing of bits={self.bits:g} for depths "

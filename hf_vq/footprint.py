@@ -54,6 +54,16 @@ class SavedSize(NamedTuple):
         """What a target size means."""
         return sum(self)
 
+    def to_dict(self) -> dict[str, int]:
+        """As plain JSON values."""
+        return {
+            "tensors": self.tensors,
+            "headers": self.headers,
+            "index": self.index_file,
+            "config": self.config,
+            "total": self.total,
+        }
+
 
 class Footprint:
     """The files of one model, whatever becomes of its layers.

@@ -98,10 +98,13 @@ class Plan:
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     size: SavedSize | None = None  # of the files, where a size was asked for
 
-    def as_packed(self, specs: Mapping[str, LayerSpec]) -> Plan:
-        """The plan with the specs of what was packed: some methods leave bytes unused."""
-        changed = [_repacked(row, specs.get(row.name)) for row in self._rows]
-        return replace(self, layers={**self.layers, **specs}, _rows=changed)
+    def as_packed(self, sizes: Mapping[str, int]) -> Plan:
+        """The plan with the bytes that every matrix really takes: some methods leave a few."""
+        rows = [
+            row._replace(bytes=(size := sizes.get(row.name, row.bytes)), bits=8 * size / row.params)
+            for row in self._rows
+        ]
+        return replace(self, _rows=rows)
 
     def ledger(self) -> Ledger:
         """The exact size of every matrix and of the model."""
@@ -135,6 +138,7 @@ def make_plan(
     reasons = _reasons(model, config)
     _check_patterns(model, config)
     wanted: dict[str, Wanted] = {}
+    added: dict[str, int] = {}
     dense: dict[str, str] = {}
     matrices: list[tuple[str, torch.Tensor]] = []
     other = [0, 0]
@@ -160,6 +164,8 @@ def make_plan(
         matrices.append((label, param))
         if layer is not None:
             wanted[label] = Wanted(tuple(param.shape), layer)
+            if layer.bias_correction and model.get_submodule(owner).bias is None:
+                added[label] = param.shape[0] * param.element_size()
         else:
             dense[label] = reason
     stored = model.state_dict(keep_vars=True).keys()  # some buffers are, most are not
@@ -170,14 +176,17 @@ def make_plan(
     files: SavedSize | None = None
     try:
         if config.size is None:
-            layers = choose_specs(method, wanted, gains)
+            layers = choose_specs(method, wanted, gains, added)
         else:
             if recorded is None:
                 recorded = provenance(config, getattr(model, "name_or_path", ""))
             layers, files, _ = fit_size(model, config, method, wanted, gains, recorded)
     except (UnreachableError, SizeError) as error:
         raise PlanError(str(error)) from None
-    rows = [_row(name, param, layers.get(name), dense.get(name, "")) for name, param in matrices]
+    rows = [
+        _row(name, param, layers.get(name), dense.get(name, ""), added.get(name, 0))
+        for name, param in matrices
+    ]
     return Plan(layers, dense, gains, rows, (other[0], other[1]), size=files)
 
 
@@ -190,34 +199,42 @@ def measured_plan(
 ) -> Plan:
     """`plan` once more, with bits where they matter most; as it is, if config does not ask for it.
 
-    model: with its weights. samples: int64 (n, seqlen) tokens; without them nothing is measured.
-    recorded: as for `make_plan`. Raises `SensitivityError` (hf_vq.engine.sensitivity).
+    A measurement that `config` names is used if there is one, and otherwise written. model: with
+    its weights, if it comes to measuring. samples: int64 (n, seqlen) tokens; without them nothing
+    is measured. recorded: as for `make_plan`. Raises `SensitivityError` and `MeasurementError` (in
+    hf_vq.engine).
     """
     targets = [config.for_layer(name) for name in plan.layers]
     shared = sum(
         layer is not None and (layer.bits is not None or layer.size is not None)
         for layer in targets
     )
-    if config.allocation != "measured" or samples is None or shared < 2:
+    if config.allocation != "measured" or shared < 2:
         return plan
+    from hf_vq.engine.measurement import measured, stored
     from hf_vq.engine.run import calibration_device
-    from hf_vq.engine.sensitivity import measure
 
-    device = calibration_device(config.calibration_device)
-    found = measure(model, list(plan.layers), samples, device, config.seed)
-    return replace(make_plan(model, config, found.gains, recorded), rows=found.rows)
+    if recorded is None:
+        recorded = provenance(config, getattr(model, "name_or_path", ""), samples)
+    found = stored(config.measurement, plan.layers, recorded["base_model"])
+    if found is None:
+        if samples is None:
+            return plan
+        device = calibration_device(config.calibration_device)
+        found = measured(
+            config.measurement, model, plan.layers, samples, device, config.seed, recorded
+        )
+    new = make_plan(model, config, found.gains, recorded)
+    return replace(new, rows=found.rows, checked=plan.checked)
 
 
-def _row(name: str, param: torch.Tensor, spec: LayerSpec | None, reason: str) -> LedgerRow:
+def _row(
+    name: str, param: torch.Tensor, spec: LayerSpec | None, reason: str, added: int
+) -> LedgerRow:
     size = param.numel() * param.element_size()
-    cost, bits = size, 8.0 * param.element_size()
-    if spec is not None:
-        cost, bits = spec.nbytes, spec.bits_per_weight
-    return LedgerRow(name, tuple(param.shape), param.numel(), size, cost, bits, reason)
-
-
-def _repacked(row: LedgerRow, spec: LayerSpec | None) -> LedgerRow:
-    return row if spec is None else row._replace(bytes=spec.nbytes, bits=spec.bits_per_weight)
+    cost = size if spec is None else spec.nbytes + added
+    shape = tuple(param.shape)
+    return LedgerRow(name, shape, param.numel(), size, cost, 8 * cost / param.numel(), reason)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -127,6 +127,7 @@ class VQHfQuantizer(HfQuantizer):
     def _prepare(self, model: Any) -> None:
         """Find out what would go wrong before an hour is spent on loading and calibrating."""
         from hf_vq.engine.calibration import load_calibration
+        from hf_vq.engine.measurement import stored
         from hf_vq.plan import make_plan
 
         with torch.device("cpu"):  # Transformers builds the model under a meta device context
@@ -143,6 +144,7 @@ class VQHfQuantizer(HfQuantizer):
                 # to the byte, now that it is known how the calibration will be described
                 recorded = self._provenance(model)
                 self._plan = make_plan(model, self.quantization_config, recorded=recorded)
+            stored(self.quantization_config.measurement, self._plan.layers)
 
     def _provenance(self, model: Any) -> dict[str, Any]:
         return provenance(self.quantization_config, model.name_or_path, self._samples, self._files)
@@ -156,8 +158,7 @@ class VQHfQuantizer(HfQuantizer):
         plan = measured_plan(model, config, samples, self._plan, self._provenance(model))
         self._plan = self._samples = None
         reporter = Reporter()
-        quantize_model(model, plan, samples, config, reporter)
-        plan = plan.as_packed({n: layer.spec for n, layer in loading.packed_layers(model).items()})
+        plan = plan.as_packed(quantize_model(model, plan, samples, config, reporter))
         record(config, model, samples, self._files)
         self.report = {**reporter.to_dict(), "ledger": plan.ledger().to_dict(), "dense": plan.dense}
         if plan.gains is not None:

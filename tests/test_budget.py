@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_vq.budget import UnreachableError, Wanted, choose_specs
-from hf_vq.configs import GPTVQConfig, VPTQConfig
+from hf_vq.configs import CVXQConfig, GPTVQConfig, VPTQConfig
 from hf_vq.registry import METHODS
 
-CONFIGS = {"gptvq": GPTVQConfig, "vptq": VPTQConfig}
+CONFIGS = {"gptvq": GPTVQConfig, "vptq": VPTQConfig, "cvxq": CVXQConfig}
 
 
 def wanted(config, *shapes):

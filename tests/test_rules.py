@@ -69,3 +69,10 @@ def test_flag():
     for bad in (0, None, "yes"):
         with pytest.raises(ValueError, match="True or False"):
             Flag().check("f", bad)
+
+
+def test_another_word_for_a_choice():
+    rule = Choice(("a", "b"), aliases=(("second", "b"),))
+    assert rule.check("field", "second") == "b" and rule.check("field", "a") == "a"
+    with pytest.raises(ValueError, match="field='third' must be one of 'a', 'b'"):
+        rule.check("field", "third")

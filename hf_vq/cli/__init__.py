@@ -12,6 +12,7 @@ from hf_vq.cli.inspect import inspect as inspect_command
 from hf_vq.cli.plan import plan as plan_command
 from hf_vq.cli.quantize import quantize as quantize_command
 from hf_vq.cli.run import run as run_command
+from hf_vq.cli.sweep import sweep as sweep_command
 
 app = typer.Typer(
     name="hf-vq",
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize_command)
 app.command("plan")(plan_command)
+app.command("sweep")(sweep_command)
 app.command("eval")(evaluate_command)
 app.command("inspect")(inspect_command)
 app.command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,7 @@ from hf_vq.formats.base import LayerSpec
 from hf_vq.hub.planning import PlanGroup, group_rows, plan_model
 from hf_vq.plan import Plan
 from hf_vq.registry import METHODS
+from hf_vq.sizes import human
 
 
 @with_config_options
@@ -33,6 +35,13 @@ def plan(
         str | None,
         typer.Option(help='Fields per layer, as JSON: {"re:.*down_proj": {"vector_dim": 2}}.'),
     ] = None,
+    measurement: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the backward pass that tells where bits matter: as "
+            "`hf-vq quantize --measurement` wrote it."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the Hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
@@ -46,13 +55,15 @@ def plan(
         **fields,
         modules_to_not_convert=modules_to_not_convert or None,
         overrides=parse_overrides(overrides),
+        measurement=measurement,
     )
     found = plan_model(model, config, dtype=dtype, revision=revision)
     if as_json:
         print(json.dumps(as_dict(found, config.to_dict()), indent=2))
     else:
         print_plan(found, method)
-        if config.allocation == "measured" and config.bits is not None:
+        aims = config.bits is not None or config.size is not None
+        if config.allocation == "measured" and aims and found.gains is None:
             print(
                 "With calibration data, quantizing moves bits between matrices to where an error "
                 "matters most; the sum stays within the target. --allocation uniform keeps to this "
@@ -69,6 +80,7 @@ def as_dict(plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
         "packed": [group.to_dict() for group in groups if group.spec is not None],
         "dense": [group.to_dict() for group in groups if group.spec is None],
         "totals": plan.ledger().to_dict(),
+        **({} if plan.size is None else {"files": plan.size.to_dict()}),
     }
 
 
@@ -116,6 +128,14 @@ def print_plan(plan: Plan, method: str, console: Console | None = None) -> None:
         f"{ledger.model_bits:.3f}",
     )
     console.print(sizes)
+    if plan.size is not None:
+        parts = plan.size.to_dict()
+        total = parts.pop("total")
+        console.print(
+            f"files: {total:,} bytes ({human(total)}): "
+            + ", ".join(f"{name} {size:,}" for name, size in parts.items() if size)
+            + "; config.json will also name the calibration data"
+        )
     if not plan.checked:
         console.print("shapes are those of config.json; no weight file confirmed them")
 

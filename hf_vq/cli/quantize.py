@@ -42,6 +42,13 @@ def quantize(
         str | None,
         typer.Option(help='Fields per layer, as JSON: {"re:.*down_proj": {"vector_dim": 2}}.'),
     ] = None,
+    measurement: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the backward pass that tells where bits matter: written if there is "
+            "none, used instead of another pass if there is."
+        ),
+    ] = None,
     calibration_device: Annotated[
         str | None, typer.Option(help="Where blocks are calibrated; unset: a GPU if there is one.")
     ] = None,
@@ -69,6 +76,7 @@ def quantize(
         modules_to_not_convert=modules_to_not_convert or None,
         overrides=parse_overrides(overrides),
         calibration_device=calibration_device,
+        measurement=measurement,
     )
 
     from transformers import AutoModelForCausalLM

@@ -73,22 +73,24 @@ class Reporter:
         relative_error: float,
         seconds: float,
         notes: list[str] | tuple[str, ...] = (),
+        added: int = 0,
     ) -> None:
-        """One matrix is done, in so many seconds."""
+        """One matrix is done, in so many seconds; added: bytes of a bias that it had not before."""
         shape = (spec.out_features, spec.in_features)
+        size, bits = spec.nbytes + added, 8 * (spec.nbytes + added) / spec.num_weights
         self._matrices.append(
             {
                 "name": name,
                 "shape": list(shape),
-                "bits": spec.bits_per_weight,
-                "bytes": spec.nbytes,
+                "bits": bits,
+                "bytes": size,
                 "relative_error": float(relative_error),
                 "seconds": round(seconds, 4),
                 "notes": list(notes),
             }
         )
-        size = f"{shape[0]}x{shape[1]}"
-        line = f"{name:<40} {size:>12} {spec.bits_per_weight:6.3f} bits"
+        text = f"{shape[0]}x{shape[1]}"
+        line = f"{name:<40} {text:>12} {bits:6.3f} bits"
         line += f"  rel. error {relative_error:8.5f} {seconds:7.2f} s"
         self._say("  ".join([line, *notes]))
         if self._progress is not None:

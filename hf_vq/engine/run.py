@@ -36,7 +36,7 @@ from hf_vq.engine.memory import release, returning_large_arrays
 from hf_vq.formats import FORMATS
 from hf_vq.formats.base import LayerSpec
 from hf_vq.layers import PackedLinear
-from hf_vq.methods.feedback import correction
+from hf_vq.methods.feedback import bias_correction, correction
 from hf_vq.methods.statistics import HessianAccumulator, Statistics
 from hf_vq.registry import get_method
 
@@ -58,8 +58,10 @@ class NonFiniteError(ValueError):
 
 def quantize_model(
     model: nn.Module, plan: Any, samples: torch.Tensor | None, config: Any, reporter: Any
-) -> None:
+) -> dict[str, int]:
     """Replace every planned `nn.Linear` of `model` by a `PackedLinear`, in place.
+
+    Returns the bytes that each takes, with a bias that it had not before.
 
     samples: int64 (n, seqlen) token windows, or None to quantize without data. Raises
     `NonFiniteError`, and `BlockError` for a model whose blocks cannot be run one by one.
@@ -75,6 +77,7 @@ def quantize_model(
                     worker.swap([name])
             else:
                 _sequential(model, samples, config, worker)
+        return worker.sizes
     finally:
         reporter.finish()
 
@@ -104,6 +107,7 @@ class _Worker:
         self.method = get_method(config.method)
         self.device = calibration_device(config.calibration_device)
         self.packed: dict[str, PackedLinear] = {}
+        self.sizes: dict[str, int] = {}
 
     @torch.no_grad()
     def quantize(self, names: list[str], statistics: Statistics | None) -> None:
@@ -162,11 +166,20 @@ class _Worker:
         spec = getattr(result, "spec", None) or spec
         tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
         bias = None if linear.bias is None else linear.bias.detach().cpu()
-        self.packed[name] = PackedLinear.from_packed(
-            spec, tensors, bias, linear.weight.dtype, where=name
-        )
+        packed = PackedLinear.from_packed(spec, tensors, bias, linear.weight.dtype, where=name)
+        if self.config.for_layer(name).bias_correction:
+            if statistics is None or statistics.mean is None:
+                notes.append("no calibration data, no bias correction")
+            else:
+                _correct_bias(packed, weight, statistics.mean)
+        self.packed[name] = packed
+        added = 0
+        if packed.bias is not None and linear.bias is None:
+            added = packed.bias.nbytes
+        self.sizes[name] = spec.nbytes + added
         seconds = time.perf_counter() - began
-        self.reporter.matrix(name, spec, result.relative_error, seconds, notes + result.notes)
+        notes += result.notes
+        self.reporter.matrix(name, spec, result.relative_error, seconds, notes, added)
 
     def _options(self, name: str) -> Any:
         """The method's options for one layer, read off the config with its overrides."""
@@ -179,6 +192,15 @@ class _Worker:
         for name in names:
             training = self.model.get_submodule(name).training
             self.model.set_submodule(name, self.packed.pop(name).train(training))
+
+
+def _correct_bias(layer: PackedLinear, target: torch.Tensor, mean: torch.Tensor) -> None:
+    """Give `layer` the bias with which its mean output is that of `target` (O, I)."""
+    missing = bias_correction(target, layer.dequantize(torch.float32).to(target.device), mean)
+    missing = missing.to(layer.qweight.device)
+    if layer.bias is not None:
+        missing += layer.bias.detach()
+    layer.bias = nn.Parameter(missing.to(layer.compute_dtype))
 
 
 def linear_of(module: nn.Module, name: str) -> nn.Linear:
@@ -349,6 +371,11 @@ class _Block:
                 weight = self.done[name].dequantize(linear.weight.dtype).to(self.worker.device)
                 stack.callback(setattr, linear, "weight", linear.weight)
                 linear.weight = nn.Parameter(weight, requires_grad=False)
+                bias = self.done[name].bias
+                if bias is not None:  # with bias correction, another one
+                    stack.callback(setattr, linear, "bias", linear.bias)
+                    value = bias.detach().to(self.worker.device)
+                    linear.bias = nn.Parameter(value, requires_grad=False)
             yield
 
     def _running(self) -> list[str]:

@@ -130,7 +130,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     rename = loading.renames(model, get_model_conversion_mapping(model))
     keys = {rename(key): key for key in stored}  # the model's names -> the files' names
     matrices, dense = [], dict(stored)
-    for name, (spec, _) in layers.found.items():
+    for name, (spec, has_bias) in layers.found.items():
         parts = {part: keys.get(f"{name}.{part}", "") for part in spec.layout()}
         dtypes = {part: stored[key].dtype for part, key in parts.items() if key}
         spec = FORMATS[method.name].as_stored(spec, dtypes)
@@ -144,6 +144,9 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
                     f"{folder} are incomplete or damaged; quantize or download it again"
                 )
             nbytes += tensor.nbytes
+        if has_bias and model.get_submodule(name).bias is None:  # quantization added it
+            bias = dense.pop(keys.get(f"{name}.bias", ""), None)
+            nbytes += 0 if bias is None else bias.nbytes
         row = measured.get(name, {})
         shape = (spec.out_features, spec.in_features)
         matrices.append(

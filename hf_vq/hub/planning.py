@@ -19,7 +19,7 @@ from hf_vq.config_base import VQConfig
 from hf_vq.formats.base import LayerSpec
 from hf_vq.hub.checkpoint import StoredTensor, read_headers
 from hf_vq.patterns import matches
-from hf_vq.plan import LedgerRow, Plan, PlanError, make_plan
+from hf_vq.plan import LedgerRow, Plan, PlanError, make_plan, measured_plan
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def plan_model(
         OSError: there is no such model.
     """
     if isinstance(model, nn.Module):
-        return make_plan(model, config)
+        return _with_measurement(model, config, make_plan(model, config))
     headers: dict[str, StoredTensor] = {}
     if isinstance(model, (str, Path)):
         from transformers import AutoConfig
@@ -70,7 +70,20 @@ def plan_model(
         )
     outline = _outline(architecture, _dtype(dtype, architecture, headers))
     checked = _check_headers(outline, headers, name)
-    return dataclasses.replace(make_plan(outline, config), checked=checked)
+    plan = make_plan(outline, config)
+    return _with_measurement(outline, config, dataclasses.replace(plan, checked=checked))
+
+
+def _with_measurement(model: Any, config: VQConfig, plan: Plan) -> Plan:
+    """`plan` with bits where the measurement that `config` names says; weights are not needed."""
+    if config.measurement is None:
+        return plan
+    if not Path(config.measurement).exists():
+        raise PlanError(
+            f"there is no measurement {config.measurement}; quantizing with calibration data and "
+            "the same name writes it"
+        )
+    return measured_plan(model, config, None, plan)
 
 
 def _headers(name: str, revision: str | None) -> dict[str, StoredTensor]:

@@ -353,14 +353,3 @@ def _pruned(depths: torch.Tensor) -> list[str]:
     return [
         f"{pruned} of {depths.numel()} groups at 0 bits ({100 * pruned / depths.numel():.1f} %)"
     ]
-
-
-def bias_correction(
-    weight: torch.Tensor, quantized: torch.Tensor, mean_input: torch.Tensor
-) -> torch.Tensor:
-    """What to add to the bias, float32 (O,): -(W_q - W) xbar (CVXQ section 7; its sign is a typo).
-
-    weight, quantized: (O, I). mean_input: (I,), the mean input over tokens. Afterwards the mean of
-    the layer's output is that of the unquantized one on the same inputs.
-    """
-    return (weight.float() - quantized.float()) @ mean_input.float()

@@ -129,6 +129,17 @@ def correction(pull: torch.Tensor, factor: Factor) -> torch.Tensor:
     return torch.linalg.solve_triangular(upper, pull, upper=True, left=False, out=pull)
 
 
+def bias_correction(
+    weight: torch.Tensor, quantized: torch.Tensor, mean_input: torch.Tensor
+) -> torch.Tensor:
+    """What to add to the bias, float32 (O,): -(W_q - W) xbar (CVXQ section 7; its sign is a typo).
+
+    weight, quantized: (O, I). mean_input: (I,), the mean input over tokens. Afterwards the mean of
+    the layer's output is that of the unquantized one on the same inputs.
+    """
+    return (weight.float() - quantized.float()) @ mean_input.float()
+
+
 def fold(factor: Factor, step: int = 256) -> torch.Tensor:
     """Make H and R of `factor` share the array of H, for a time in which only R is needed.
 

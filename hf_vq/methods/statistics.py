@@ -29,7 +29,7 @@ class Statistics:
     quantized with it, which `factored` makes use of. sensitivity: float32, up to a factor, what an
     error counts in every row (out_features,) or weight (out_features, in_features) of the one
     matrix it is for (the mean square of a gradient); None: the same in all rows, and in the
-    columns what the Hessian says.
+    columns what the Hessian says. mean: float32 (in_features,) or None, the mean of x.
     """
 
     hessian: torch.Tensor
@@ -42,6 +42,7 @@ class Statistics:
     _asked: float | None = field(default=None, repr=False)
     _order: torch.Tensor | None = field(default=None, repr=False)
     sensitivity: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
 
     def factor(self, damping: float, descending: bool = False) -> Factor:
         """The damped and factored Hessian, shared by all matrices that read the same input.
@@ -110,7 +111,7 @@ def exact_products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 class HessianAccumulator:
-    """Running sum of x x^T in float32 (and, when asked for, of x_dense x^T).
+    """Running sums of x and x x^T in float32 (and, when asked for, of x_dense x^T).
 
     weight: the only W that reads this input, (r, in_features), where ``W (x_dense - x) x^T`` is to
     be summed instead; for a W that is much wider than high it is smaller and cheaper.
@@ -124,6 +125,7 @@ class HessianAccumulator:
         weight: torch.Tensor | None = None,
     ):
         self.total = torch.zeros(in_features, in_features, device=device)
+        self.sum = torch.zeros(in_features, device=device)
         self.weight = weight if with_shift else None
         rows = in_features if weight is None else len(weight)
         self.cross = torch.zeros(rows, in_features, device=device) if with_shift else None
@@ -137,6 +139,7 @@ class HessianAccumulator:
         """
         flat = x.reshape(-1, x.shape[-1])
         wide = flat.float()
+        self.sum += wide.sum(0)
         with exact_products_of(x.dtype):
             self.total.addmm_(wide.T, wide)
             if dense is None or dense.shape != x.shape:
@@ -161,4 +164,5 @@ class HessianAccumulator:
         elif cross is not None:
             pull = cross.div_(tokens)
         hessian, self.total = self.total.div_(tokens), torch.empty(0)
-        return Statistics(hessian, self.tokens, shift, owned=True, pull=pull)
+        mean = self.sum / tokens
+        return Statistics(hessian, self.tokens, shift, owned=True, pull=pull, mean=mean)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from hf_vq.cli.options import field_help, with_config_options
-from hf_vq.configs import GPTVQConfig, VPTQConfig
+from hf_vq.configs import CVXQConfig, GPTVQConfig, VPTQConfig
 from hf_vq.rules import Choice, Flag, Number
 from hf_vq.sizes import SizeRule
 
@@ -38,7 +38,7 @@ def test_unset_options_are_not_passed():
     assert parse() == {"name": "x"}
 
 
-CONFIGS = [GPTVQConfig, VPTQConfig]
+CONFIGS = [GPTVQConfig, VPTQConfig, CVXQConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -20,7 +20,6 @@ from hf_vq.layers import PackedLinear
 from hf_vq.methods import cvxq_groups
 from hf_vq.methods.cvxq import (
     CVXQOptions,
-    bias_correction,
     cluster_rows,
     group_energy,
     group_variance,
@@ -28,6 +27,7 @@ from hf_vq.methods.cvxq import (
 )
 from hf_vq.methods.cvxq_levels import distortion_table
 from hf_vq.methods.cvxq_spec import depth_budget
+from hf_vq.methods.feedback import bias_correction
 from hf_vq.methods.statistics import Statistics
 from tests.problems import exact_loss, hessian_of, normal
 
