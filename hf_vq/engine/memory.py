@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,19 +26,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @contextmanager
-def returning_large_arrays(largest: int) -> Iterator[None]:
+def returning_large_arrays(largest: int) -> Iterator[Callable[[], None]]:
     """Meanwhile, arrays are returned when they are freed (in the whole process).
 
-    largest: bytes of the largest that there will be; if that is little, nothing is done.
+    largest: bytes of the largest that there will be. Yields `release`; where arrays are small, a
+    function that does nothing, and nothing is done.
     """
     library = _glibc()
     if library is None or largest < _LARGE:
-        yield
+        yield lambda: None
         return
     library.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
     library.mallopt(_M_TRIM_THRESHOLD, _KEPT)
     try:
-        yield
+        yield release
     finally:
         library.mallopt(_M_MMAP_THRESHOLD, _USUAL)
         library.mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL)

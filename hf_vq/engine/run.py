@@ -32,7 +32,7 @@ from hf_vq.engine.blocks import (
     twin,
 )
 from hf_vq.engine.finetune import tune_block
-from hf_vq.engine.memory import release, returning_large_arrays
+from hf_vq.engine.memory import returning_large_arrays
 from hf_vq.formats import FORMATS
 from hf_vq.formats.base import LayerSpec
 from hf_vq.layers import PackedLinear
@@ -70,7 +70,7 @@ def quantize_model(
     try:
         worker = _Worker(model, plan, config, reporter)
         largest = max(s.num_weights for s in plan.layers.values())
-        with _enough_threads(largest), returning_large_arrays(largest * 4):
+        with _enough_threads(largest), returning_large_arrays(largest * 4) as worker.release:
             if samples is None:
                 for name in plan.layers:
                     worker.quantize([name], None)
@@ -107,6 +107,7 @@ class _Worker:
         self.method = get_method(config.method)
         self.device = calibration_device(config.calibration_device)
         self.packed: dict[str, PackedLinear] = {}
+        self.release: Callable[[], None] = lambda: None
         self.sizes: dict[str, int] = {}
 
     @torch.no_grad()
@@ -119,7 +120,7 @@ class _Worker:
                 rows = self.rows.get(name)
                 statistics.sensitivity = None if rows is None else rows.to(self.device)
             self._quantize(name, statistics, self._pull(name, statistics))
-            release()
+            self.release()
 
     def _pull(self, name: str, statistics: Statistics | None) -> torch.Tensor | None:
         """W S, as far as it can be trusted. The last matrix takes the shift along."""
@@ -246,7 +247,7 @@ def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _W
         )
         worker.swap(list(names.values()))
         block.to(home)
-        release()
+        worker.release()
 
 
 def _needs_original(config: Any) -> bool:
@@ -344,7 +345,7 @@ class _Block:
         inputs: list[torch.Tensor] = []
         tail = self._tail(stage, layout, finished)
         statistics = self._collect(stage, finished, inputs if tail else None, last=not later)
-        release()
+        self.worker.release()
         for group in stage:
             self.worker.quantize([self.names[n] for n in group], statistics.pop(group[0]))
             for name in group:
@@ -413,7 +414,7 @@ class _Block:
         sums = {group[0]: self._accumulator(group) for group in stage}
         with self._decoded(self._running()):
             for batch in range(len(self.streams.quantized)):
-                release()
+                self.worker.release()
                 aims = self._dense_inputs(batch, list(sums), finished, last)
                 self._collect_batch(batch, sums, aims, inputs)
         return {n: s.statistics() for n, s in sums.items()}

@@ -40,8 +40,9 @@ def test_trims_all_of_the_heap(library):
 
 
 def test_what_was_changed_is_changed_back(library):
-    with pytest.raises(RuntimeError), memory.returning_large_arrays(1 << 30):
+    with pytest.raises(RuntimeError), memory.returning_large_arrays(1 << 30) as release:
         inside = dict(library.asked)
+        assert release is memory.release
         raise RuntimeError
     after = library.asked[2:]
     assert dict(after[:2]).keys() == inside.keys() == {-1, -3}
@@ -50,8 +51,8 @@ def test_what_was_changed_is_changed_back(library):
 
 
 def test_small_models_are_spared(library):
-    with memory.returning_large_arrays(1 << 20):
-        pass
+    with memory.returning_large_arrays(1 << 20) as release:
+        release()
     assert library.asked == []
 
 
