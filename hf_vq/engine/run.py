@@ -32,7 +32,7 @@ from hf_vq.engine.blocks import (
     twin,
 )
 from hf_vq.engine.finetune import tune_block
-from hf_vq.engine.memory import returning_large_arrays
+from hf_vq.engine.memory import release
 from hf_vq.formats import FORMATS
 from hf_vq.formats.base import LayerSpec
 from hf_vq.layers import PackedLinear
@@ -69,8 +69,7 @@ def quantize_model(
     reporter.start(len(plan.layers), sum(s.num_weights for s in plan.layers.values()))
     try:
         worker = _Worker(model, plan, config, reporter)
-        largest = max(s.num_weights for s in plan.layers.values())
-        with _enough_threads(largest), returning_large_arrays(largest * 4) as worker.release:
+        with _enough_threads(max(s.num_weights for s in plan.layers.values())):
             if samples is None:
                 for name in plan.layers:
                     worker.quantize([name], None)
@@ -107,35 +106,33 @@ class _Worker:
         self.method = get_method(config.method)
         self.device = calibration_device(config.calibration_device)
         self.packed: dict[str, PackedLinear] = {}
-        self.release: Callable[[], None] = lambda: None
         self.sizes: dict[str, int] = {}
 
     @torch.no_grad()
     def quantize(self, names: list[str], statistics: Statistics | None) -> None:
         """Quantize matrices that share their input; the results wait in `packed`."""
+        pulls = {} if statistics is None else self._pulls(names, statistics)
         for name in names:
             if statistics is not None:
                 statistics.last = name == names[-1]
                 # the only part that belongs to one matrix: a copy would lose the shared factor
                 rows = self.rows.get(name)
                 statistics.sensitivity = None if rows is None else rows.to(self.device)
-            self._quantize(name, statistics, self._pull(name, statistics))
-            self.release()
+            self._quantize(name, statistics, pulls.pop(name, None))
+            release()
 
-    def _pull(self, name: str, statistics: Statistics | None) -> torch.Tensor | None:
-        """W S, as far as it can be trusted. The last matrix takes the shift along."""
-        if statistics is None:
-            return None
-        shift, pull = statistics.shift, statistics.pull
-        if statistics.last:
-            statistics.shift = statistics.pull = None
-        if shift is not None:
-            pull = self._weight(name) @ shift
-        if pull is None:
-            return None
+    def _pulls(self, names: list[str], statistics: Statistics) -> dict[str, torch.Tensor]:
+        """W S of every matrix. Takes the shift along: it is as large as the Hessian."""
         # Little data overfits: the noise of the estimate grows with channels per token
         tokens = statistics.tokens
-        return pull.mul_(tokens / (tokens + _SHRINKAGE * len(statistics.hessian)))
+        trust = tokens / (tokens + _SHRINKAGE * len(statistics.hessian))
+        shift, pull = statistics.shift, statistics.pull
+        statistics.shift = statistics.pull = None
+        if pull is not None:
+            return {name: pull.mul_(trust) for name in names}
+        if shift is None:
+            return {}
+        return {name: (self._weight(name) @ shift).mul_(trust) for name in names}
 
     def _weight(self, name: str) -> torch.Tensor:
         weight = linear_of(self.model, name).weight.detach().to(self.device, torch.float32)
@@ -150,7 +147,6 @@ class _Worker:
     def _quantize(
         self, name: str, statistics: Statistics | None, pull: torch.Tensor | None
     ) -> None:
-        """pull: used up; its memory becomes the target's."""
         began = time.perf_counter()
         linear, weight = linear_of(self.model, name), self._weight(name)
         notes: list[str] = []
@@ -160,9 +156,9 @@ class _Worker:
         spec = self.specs[name]
         options = self._options(name)
         if statistics is not None and pull is not None:
-            factor = statistics.factor(options.damping, spec.descending)
-            weight = correction(pull, factor).add_(weight)
-            del factor
+            weight = correction(pull, statistics.factor(options.damping, spec.descending)).add_(
+                weight
+            )
         result = self.method.quantize(weight, statistics, spec, options)
         spec = getattr(result, "spec", None) or spec
         tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
@@ -247,7 +243,7 @@ def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _W
         )
         worker.swap(list(names.values()))
         block.to(home)
-        worker.release()
+        release()
 
 
 def _needs_original(config: Any) -> bool:
@@ -345,7 +341,7 @@ class _Block:
         inputs: list[torch.Tensor] = []
         tail = self._tail(stage, layout, finished)
         statistics = self._collect(stage, finished, inputs if tail else None, last=not later)
-        self.worker.release()
+        release()
         for group in stage:
             self.worker.quantize([self.names[n] for n in group], statistics.pop(group[0]))
             for name in group:
@@ -414,7 +410,6 @@ class _Block:
         sums = {group[0]: self._accumulator(group) for group in stage}
         with self._decoded(self._running()):
             for batch in range(len(self.streams.quantized)):
-                self.worker.release()
                 aims = self._dense_inputs(batch, list(sums), finished, last)
                 self._collect_batch(batch, sums, aims, inputs)
         return {n: s.statistics() for n, s in sums.items()}

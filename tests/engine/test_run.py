@@ -164,7 +164,7 @@ def test_what_every_layer_aims_at(monkeypatch, collected, asymmetric):
     real = gptvq.quantize
 
     def spy(weight, statistics, spec, options):
-        aims.append(weight.clone())
+        aims.append((weight.clone(), statistics.shift))
         return real(weight, statistics, spec, options)
 
     monkeypatch.setattr(gptvq, "quantize", spy)
@@ -173,12 +173,13 @@ def test_what_every_layer_aims_at(monkeypatch, collected, asymmetric):
     report = work(copy.deepcopy(dense), tokens(16, 24), config)
     groups = [g for _ in range(2) for g in GROUPS["llama"]]
     which = [i for i, g in enumerate(groups) for _ in g]
-    for aim, i, row in zip(aims, which, report["matrices"], strict=True):
+    for (aim, left), i, row in zip(aims, which, report["matrices"], strict=True):
         weight = dense.get_submodule(row["name"]).weight.detach()
         h, shift, count = collected[i]
         expected = weight.double()
         if asymmetric:
             shift = shift * (count / (count + 8 * len(shift)))
+            assert left is None  # it is in the weight already
             damped = factorize(h, config.damping).hessian.double()
             expected = expected + expected @ shift.double() @ torch.linalg.inv(damped)
         torch.testing.assert_close(aim.double(), expected, rtol=1e-3, atol=1e-4)

@@ -36,9 +36,10 @@ def test_never_above_the_target(rows, columns, bits):
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1000, 30000), columns=st.integers(1000, 30000), bits=st.floats(1, 5.3))
+@given(rows=st.integers(1000, 30000), columns=st.integers(1000, 30000), bits=st.floats(1, 5))
 def test_close_to_the_target_on_large_matrices(rows, columns, bits):
-    # the codes come in steps of at most 1/6 bit up to 32 bits for 6 weights, 1/4 bit beyond
+    # the codes come in steps of at most 1/6 bit up to 30 bits for 6 weights; beyond, the codebooks
+    # of longer codes cost a matrix of a million weights more than what is left of a step
     assert bits - 0.2 <= choose_spec(rows, columns, bits, {}).bits_per_weight <= bits * (1 + 1e-9)
 
 
