@@ -5,6 +5,10 @@ A method has two operators over the same `num_packed` stored tensors and the sam
     hf_vq::NAME_dequantize(*packed, in_features, *geometry, dtype) -> W
     hf_vq::NAME_linear(x, *packed, bias, *geometry) -> x @ W.T + bias
 
+and `define_input_gradient` adds one that the backward pass of the second calls,
+
+    hf_vq::NAME_input_gradient(grad, *packed, in_features, *geometry) -> grad @ W
+
 The product decodes W, uses it and forgets it; its backward pass decodes again. Only the gradients
 of stored tensors need the activations, so they are kept only when one of those is trained.
 """
@@ -16,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hf_vq_kernels.dispatch import register_default
 from torch import Tensor
 
 # (gradient of W (out, in), which packed tensors need one, packed, geometry) -> theirs, or None
@@ -35,12 +40,48 @@ def register_product(name: str, num_packed: int) -> None:
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
-    torch.library.impl(f"hf_vq::{name}_linear", "CompositeExplicitAutograd", linear)
+    register_default(f"{name}_linear", linear)
+
+
+def define_input_gradient(name: str, num_packed: int, packed: str, geometry: str) -> None:
+    """Define `hf_vq::{name}_input_gradient`, given the schemas of the packed and the geometry.
+
+    grad (..., out_features) -> (..., in_features), in the dtype of grad, for which it has a
+    gradient itself: that of a linear function, `hf_vq::{name}_linear`.
+    """
+    torch.library.define(
+        f"hf_vq::{name}_input_gradient",
+        f"(Tensor grad, {packed}, int in_features, {geometry}) -> Tensor",
+    )
+    dequantize = getattr(torch.ops.hf_vq, f"{name}_dequantize")
+    linear = getattr(torch.ops.hf_vq, f"{name}_linear")
+
+    def default(grad: Tensor, *arguments: Any) -> Tensor:
+        with torch.autocast(grad.device.type, enabled=False):
+            return grad @ dequantize(*arguments, grad.dtype)
+
+    register_default(f"{name}_input_gradient", default)
+
+    @torch.library.register_fake(f"hf_vq::{name}_input_gradient")
+    def fake(grad: Tensor, *arguments: Any) -> Tensor:
+        return grad.new_empty((*grad.shape[:-1], arguments[num_packed]))
+
+    def context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1 : num_packed + 1])
+        ctx.geometry = inputs[num_packed + 2 :]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        product = linear(grad, *ctx.saved_tensors, None, *ctx.geometry)
+        return (product, *[None] * (num_packed + 1 + len(ctx.geometry)))
+
+    torch.library.register_autograd(
+        f"hf_vq::{name}_input_gradient", backward, setup_context=context
+    )
 
 
 def register_gradients(name: str, num_packed: int, gradients: Gradients) -> None:
     """Autograd of both operators of method `name`, given how W's gradient reaches the packed."""
-    dequantize = getattr(torch.ops.hf_vq, f"{name}_dequantize")
+    input_gradient = getattr(torch.ops.hf_vq, f"{name}_input_gradient")
 
     def dequantize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:num_packed])
@@ -65,7 +106,7 @@ def register_gradients(name: str, num_packed: int, gradients: Gradients) -> None
         grad_x = grad_bias = None
         grad_packed: list[Tensor | None] = [None] * num_packed
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ dequantize(*packed, ctx.in_features, *ctx.geometry, ctx.dtype)
+            grad_x = input_gradient(grad.to(ctx.dtype), *packed, ctx.in_features, *ctx.geometry)
         tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         if ctx.trains_packed:
             grad_weight = tokens.T.float() @ x.reshape(-1, ctx.in_features).float()

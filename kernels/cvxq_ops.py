@@ -18,7 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hf_vq_kernels.autograd import register_gradients, register_product
+from hf_vq_kernels.autograd import (
+    define_input_gradient,
+    register_gradients,
+    register_product,
+)
 from hf_vq_kernels.bits import unpack_bits
 from hf_vq_kernels.cvxq_reference import (
     LOCATION_UNIT,
@@ -26,6 +30,7 @@ from hf_vq_kernels.cvxq_reference import (
     expand_scales,
     row_numbers,
 )
+from hf_vq_kernels.dispatch import register_default
 from hf_vq_kernels.levels import level_table_on
 from hf_vq_kernels.lookup import vectors_at_once
 from torch import Tensor
@@ -105,7 +110,6 @@ def first_words(depth: Tensor, group_rows: int) -> Tensor:
     return (sizes.cumsum(0) - sizes).view(depth.shape)
 
 
-@torch.library.impl("hf_vq::cvxq_dequantize", "CompositeExplicitAutograd")
 def _dequantize_default(
     words: Tensor,
     depths: Tensor,
@@ -172,7 +176,9 @@ def _dequantize_default(
     return weight
 
 
+register_default("cvxq_dequantize", _dequantize_default)
 register_product("cvxq", num_packed=6)
+define_input_gradient("cvxq", 6, _PACKED, _GEOMETRY)
 
 
 # ---------------------------------------------------------------------------------- shape inference

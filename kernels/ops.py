@@ -16,8 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hf_vq_kernels.autograd import register_gradients, register_product
+from hf_vq_kernels.autograd import (
+    define_input_gradient,
+    register_gradients,
+    register_product,
+)
 from hf_vq_kernels.bits import unpack_bits
+from hf_vq_kernels.dispatch import register_default
 from hf_vq_kernels.lookup import look_up, vectors_at_once
 from hf_vq_kernels.reference import expand_codebooks, wide
 from torch import Tensor
@@ -156,7 +161,6 @@ def _scale_columns_(weight: Tensor, scales: Tensor, scale_block: int) -> None:
         weight[:, whole * scale_block :] *= scales[:, whole:]
 
 
-@torch.library.impl("hf_vq::gptvq_dequantize", "CompositeExplicitAutograd")
 def _dequantize_default(
     indices: Tensor,
     codebooks: Tensor,
@@ -195,7 +199,9 @@ def _dequantize_default(
     return weight
 
 
+register_default("gptvq_dequantize", _dequantize_default)
 register_product("gptvq", num_packed=6)
+define_input_gradient("gptvq", 6, _PACKED, _GEOMETRY)
 
 
 # ---------------------------------------------------------------------------------- shape inference

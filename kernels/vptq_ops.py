@@ -17,8 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hf_vq_kernels.autograd import register_gradients, register_product
+from hf_vq_kernels.autograd import (
+    define_input_gradient,
+    register_gradients,
+    register_product,
+)
 from hf_vq_kernels.bits import unpack_bits
+from hf_vq_kernels.dispatch import register_default
 from hf_vq_kernels.lookup import look_up, vectors_at_once
 from hf_vq_kernels.vptq_reference import unsigned_16
 from torch import Tensor
@@ -159,7 +164,6 @@ def _stored_order(perm: Tensor | None, in_features: int, device: torch.device) -
     return torch.zeros_like(order).scatter_(0, unsigned_16(perm), order)
 
 
-@torch.library.impl("hf_vq::vptq_dequantize", "CompositeExplicitAutograd")
 def _dequantize_default(
     indices: Tensor,
     centroids: Tensor,
@@ -244,7 +248,9 @@ def _dequantize_default(
     return weight
 
 
+register_default("vptq_dequantize", _dequantize_default)
 register_product("vptq", num_packed=8)
+define_input_gradient("vptq", 8, _PACKED, _GEOMETRY)
 
 
 # ---------------------------------------------------------------------------------- shape inference

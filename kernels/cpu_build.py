@@ -1,0 +1,138 @@
+"""The compiled part of the CPU backends: C sources of this package, compiled once per machine.
+
+The library is compiled for the processor at hand on first use, which takes a few seconds, and kept
+in `$HF_VQ_CACHE` (default: hf_vq in the user's cache folder) under a name made of the sources, the
+flags, the compiler and the processor, so that none of these can change unnoticed. It is written
+under another name and then renamed: processes that start together each find nothing or all of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_SOURCES = ("cpu_gptvq.c", "cpu_vptq.c", "cpu_cvxq.c")
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno")
+# Tried in this order: not every compiler knows the processor or has OpenMP.
+_VARIANTS = (
+    ("-march=native", "-fopenmp"),
+    ("-march=native", "-pthread"),
+    ("-mcpu=native", "-fopenmp"),
+    ("-mcpu=native", "-pthread"),
+    ("-pthread",),
+)
+
+
+class CannotCompile(RuntimeError):
+    """Why there is no compiled library, in one line."""
+
+
+def find_compiler() -> str:
+    """Path of the C compiler: `$CC`, or else cc, gcc or clang. Raises CannotCompile."""
+    demanded = os.environ.get("CC", "").strip()
+    for name in (demanded,) if demanded else ("cc", "gcc", "clang"):
+        path = shutil.which(name)
+        if path:
+            return path
+    missing = f"CC={demanded} is not a program" if demanded else "there is no cc, gcc or clang"
+    raise CannotCompile(f"no C compiler was found ({missing}); install gcc or clang, or set CC")
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept."""
+    named = os.environ.get("HF_VQ_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hf_vq"
+
+
+def _processor() -> str:
+    """What the compiled code depends on: name and instruction sets of the processor."""
+    lines = [platform.machine(), platform.processor()]
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            seen: set[str] = set()
+            for line in file:
+                key = line.split(":")[0].strip().lower()
+                if key in ("model name", "flags", "features", "cpu part") and key not in seen:
+                    seen.add(key)
+                    lines.append(line.strip())
+    except OSError:
+        pass  # not Linux
+    return "\n".join(lines)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def build(folder: Path | None = None) -> Path:
+    """Path of the library, compiled unless it is in `folder` (default: `cache_folder()`) already.
+
+    Raises CannotCompile without a compiler, or with the compiler's last words.
+    """
+    if sys.byteorder != "little":
+        raise CannotCompile("the C sources are for little-endian processors")
+    compiler = find_compiler()
+    here = Path(__file__).parent
+    sources = [here / name for name in _SOURCES]
+    content = [p.read_bytes() for p in sorted([*here.glob("cpu_*.h"), *sources])]
+    version = _run([compiler, "--version"]).stdout.splitlines()[:1]
+    identity = repr((_FLAGS, _VARIANTS, compiler, version, _processor())).encode()
+    digest = hashlib.sha256(b"\0".join([identity, *content])).hexdigest()[:24]
+    folder = folder or cache_folder()
+    library = folder / f"cpu_{digest}.so"
+    if library.is_file():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError:  # a home that cannot be written: compile for this process alone
+        folder = Path(tempfile.mkdtemp(prefix="hf_vq_"))
+        library = folder / library.name
+    complaint = ""
+    for variant in _VARIANTS:
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            done = _run([compiler, *_FLAGS, *variant, *map(str, sources), "-o", temporary, "-lm"])
+            if done.returncode == 0:
+                os.replace(temporary, library)
+                return library
+            complaint = done.stderr.strip()
+        except (OSError, subprocess.SubprocessError) as error:
+            complaint = str(error)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    last = complaint.splitlines()[-1] if complaint else "without a word"
+    raise CannotCompile(f"{compiler} could not compile the kernels: {last}")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises CannotCompile."""
+    path = build()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CannotCompile(f"{path} cannot be loaded: {error}") from error
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the compiled kernels cannot be used in this process; None if they can."""
+    try:
+        library()
+    except CannotCompile as error:
+        return str(error)
+    return None

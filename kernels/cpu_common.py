@@ -1,0 +1,97 @@
+"""What the C backends of all methods share: pointers, and when to multiply by decoded tiles.
+
+A few tokens are multiplied one by one by the packed weight, which reads nothing but the packed
+tensors. From `FEW_TOKENS` on, a tile of rows is decoded into the dtype of the activations, used by
+the dense product while it is in the cache, and overwritten by the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FEW_TOKENS = 6
+TILE_WEIGHTS = 2**21
+"""Weights of a decoded tile: a few megabytes, about what a core's second-level cache holds."""
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of the first element of a contiguous tensor, for ctypes."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def floats(tensor: Tensor | None) -> Tensor | None:
+    """`tensor` as contiguous float32, itself where it is that already."""
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
+def refuses_dtype(dtype: torch.dtype) -> str | None:
+    """Why tensors of `dtype` are not computed with; None if they are."""
+    return None if dtype in DTYPES else f"it computes in float32, bfloat16 and float16, not {dtype}"
+
+
+def check(status: int, what: str) -> None:
+    """Raise what a C function reports."""
+    if status == 2:
+        raise RuntimeError(f"{what}: the packed tensors do not fit each other")
+    if status:
+        raise MemoryError(f"{what}: no memory for work space")
+
+
+def few_tokens(
+    function: Callable[..., int], x: Tensor, rows: int, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    """x (..., columns) @ W.T + bias, one token at a time: function(x, y, tokens, *rest, threads).
+
+    Computed and summed in float32, rounded to the dtype of x once.
+    """
+    flat = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+    y = torch.empty((flat.shape[0], rows), dtype=torch.float32)
+    arguments = [
+        ctypes.c_int64(a) if isinstance(a, int) and not isinstance(a, bool) else a for a in rest
+    ]
+    status = function(
+        ctypes.c_void_p(flat.data_ptr()), ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_int64(flat.shape[0]), *arguments, ctypes.c_int64(torch.get_num_threads()),
+    )  # fmt: skip
+    check(status, "few tokens")
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def many_tokens(
+    x: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    step: int,
+    decode: Callable[[int, int, Tensor], None],
+    transposed: bool,
+) -> Tensor:
+    """x @ W.T + bias through dense tiles of about TILE_WEIGHTS: whole multiples of `step` rows.
+
+    `decode(first, n, tile)` fills tile (n, columns), or (columns, n) if `transposed`, with rows
+    first .. first + n - 1 of W.
+    """
+    columns = x.shape[-1]
+    flat = x.detach().reshape(-1, columns)
+    out = torch.empty((flat.shape[0], rows), dtype=x.dtype)
+    at_once = max(step, TILE_WEIGHTS // columns // step * step)
+    room = torch.empty(min(at_once, rows) * columns, dtype=x.dtype)
+    if bias is not None:
+        bias = bias.detach().to(x.dtype)
+    with torch.autocast("cpu", enabled=False):
+        for first in range(0, rows, at_once):
+            n = min(at_once, rows - first)
+            shape = (columns, n) if transposed else (n, columns)
+            tile = room[: n * columns].view(shape)
+            decode(first, n, tile)
+            part = None if bias is None else bias[first : first + n]
+            out[:, first : first + n] = F.linear(flat, tile.T if transposed else tile, part)
+    return out.view(*x.shape[:-1], rows)

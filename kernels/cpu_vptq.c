@@ -1,0 +1,250 @@
+/* VPTQ: vectors of `vector_dim` consecutive rows of a column (docs/format.md).
+ *
+ * Four blocks of rows at a time: their codes of 64 columns are unpacked to offsets, and whole
+ * entries of the codebook, padded to `width` floats, are loaded, multiplied by an entry of x and
+ * summed in registers. Codebooks up to some thousand entries stay in the first two caches. */
+#include "cpu_common.h"
+
+typedef struct {
+    const int32_t *indices;          /* (groups, blocks, words) */
+    const float *books, *res_books;  /* (groups, K or R, width), res_books or NULL */
+    const int16_t *outlier_indices;  /* (outlier_blocks, outliers), or NULL */
+    const float *outlier_books;      /* (K0, outlier_width) */
+    const int16_t *perm;             /* (columns,), or NULL */
+    const float *scale, *offset;     /* one per column, or per row with norm_rows, or NULL */
+    i64 rows, columns, groups, main_bits, res_bits, entries, res_entries;
+    i64 vector_dim, width, outliers, outlier_dim, outlier_width, norm_rows;
+} vptq_t;
+
+enum { AT_ONCE = 4, CHUNK = 64, WIDEST = 16 };
+
+typedef struct {
+    const vptq_t *w;
+    const float *x; /* in stored order, times scale of its column */
+    float *y;
+    float shift; /* sum of x times offset of its column; with norm_rows the sum of x */
+    void *out;
+    int dtype;
+    i64 first, rows;
+} task_t;
+
+INLINE i64 column_of(const vptq_t *w, i64 stored) {
+    return w->perm ? (uint16_t)w->perm[stored] : stored;
+}
+
+/* Offsets, in floats, of the main and the residual entries of columns first .. first + n - 1. */
+INLINE void offsets(const vptq_t *w, i64 group, i64 block, i64 first, i64 n, uint32_t *at,
+                    uint32_t *res_at) {
+    i64 blocks = ceil_div(w->rows, w->vector_dim), per_group = (w->columns - w->outliers) / w->groups;
+    int bits = (int)(w->main_bits + w->res_bits);
+    i64 words = ceil_div(per_group * bits, 32);
+    unpack((const uint32_t *)w->indices + (group * blocks + block) * words, words, first, n, bits, at);
+    uint32_t mask = ((uint32_t)1 << w->main_bits) - 1, width = (uint32_t)w->width;
+    if (w->res_books) {
+        for (i64 i = 0; i < n; i++) res_at[i] = (at[i] >> w->main_bits) * width;
+        for (i64 i = 0; i < n; i++) at[i] = (at[i] & mask) * width;
+    } else {
+        for (i64 i = 0; i < n; i++) at[i] *= width;
+    }
+}
+
+/* sums[block] += entries of n columns times x, for m <= AT_ONCE blocks. */
+#define MULTIPLY(NAME, V, PARTS)                                                                   \
+    static void NAME(const float *book, uint32_t (*at)[CHUNK], const float *x, i64 n, i64 m,       \
+                     float (*sums)[WIDEST]) {                                                      \
+        V a[AT_ONCE][PARTS], b[AT_ONCE][PARTS];                                                    \
+        for (i64 i = 0; i < AT_ONCE; i++)                                                          \
+            for (i64 p = 0; p < PARTS; p++) {                                                      \
+                a[i][p] = ((V *)sums[i])[p];                                                       \
+                b[i][p] = (V){0};                                                                  \
+            }                                                                                      \
+        i64 j = 0;                                                                                 \
+        for (; j + 2 <= n; j += 2)                                                                 \
+            for (i64 i = 0; i < AT_ONCE; i++)                                                      \
+                for (i64 p = 0; p < PARTS; p++) {                                                  \
+                    a[i][p] += ((const V *)(book + at[i][j]))[p] * x[j];                           \
+                    b[i][p] += ((const V *)(book + at[i][j + 1]))[p] * x[j + 1];                   \
+                }                                                                                  \
+        for (; j < n; j++)                                                                         \
+            for (i64 i = 0; i < AT_ONCE; i++)                                                      \
+                for (i64 p = 0; p < PARTS; p++)                                                    \
+                    a[i][p] += ((const V *)(book + at[i][j]))[p] * x[j];                           \
+        for (i64 i = 0; i < m; i++)                                                                \
+            for (i64 p = 0; p < PARTS; p++) ((V *)sums[i])[p] = a[i][p] + b[i][p];                 \
+    }
+MULTIPLY(multiply_4, f4, 1)
+MULTIPLY(multiply_8, f8, 1)
+MULTIPLY(multiply_16, f8, 2)
+
+static void multiply(i64 width, const float *book, uint32_t (*at)[CHUNK], const float *x, i64 n,
+                     i64 m, float (*sums)[WIDEST]) {
+    if (width == 4) multiply_4(book, at, x, n, m, sums);
+    else if (width == 8) multiply_8(book, at, x, n, m, sums);
+    else multiply_16(book, at, x, n, m, sums);
+}
+
+/* y of the row blocks of a thread: main and residual codes. */
+static int product_of_thread(const void *context, i64 thread, i64 threads) {
+    const task_t *task = context;
+    const vptq_t *w = task->w;
+    i64 v = w->vector_dim, blocks = ceil_div(w->rows, v);
+    i64 per_group = (w->columns - w->outliers) / w->groups;
+    uint32_t at[AT_ONCE][CHUNK] __attribute__((aligned(64))) = {{0}};
+    uint32_t res_at[AT_ONCE][CHUNK] __attribute__((aligned(64))) = {{0}};
+    float sums[AT_ONCE][WIDEST] __attribute__((aligned(64)));
+    i64 high = blocks * (thread + 1) / threads;
+    for (i64 block = blocks * thread / threads; block < high; block += AT_ONCE) {
+        i64 m = smaller(AT_ONCE, high - block);
+        memset(sums, 0, sizeof sums);
+        for (i64 group = 0; group < w->groups; group++) {
+            const float *x = task->x + w->outliers + group * per_group;
+            for (i64 j = 0; j < per_group; j += CHUNK) {
+                i64 n = smaller(CHUNK, per_group - j);
+                for (i64 i = 0; i < m; i++) offsets(w, group, block + i, j, n, at[i], res_at[i]);
+                multiply(w->width, w->books + group * w->entries * w->width, at, x + j, n, m, sums);
+                if (w->res_books)
+                    multiply(w->width, w->res_books + group * w->res_entries * w->width, res_at,
+                             x + j, n, m, sums);
+            }
+        }
+        for (i64 i = 0; i < m; i++)
+            for (i64 t = 0; t < v && (block + i) * v + t < w->rows; t++)
+                task->y[(block + i) * v + t] = sums[i][t];
+    }
+    return 0;
+}
+
+/* Then the outlier columns, in blocks of their own, and the norm. */
+static int finish_of_thread(const void *context, i64 thread, i64 threads) {
+    const task_t *task = context;
+    const vptq_t *w = task->w;
+    i64 v = w->outliers ? w->outlier_dim : 1, blocks = ceil_div(w->rows, v);
+    uint32_t at[AT_ONCE][CHUNK] __attribute__((aligned(64))) = {{0}};
+    float sums[AT_ONCE][WIDEST] __attribute__((aligned(64)));
+    i64 high = blocks * (thread + 1) / threads;
+    for (i64 block = blocks * thread / threads; block < high; block += AT_ONCE) {
+        i64 m = smaller(AT_ONCE, high - block);
+        memset(sums, 0, sizeof sums);
+        for (i64 j = 0; j < w->outliers; j += CHUNK) {
+            i64 n = smaller(CHUNK, w->outliers - j);
+            for (i64 i = 0; i < m; i++) {
+                const int16_t *codes = w->outlier_indices + (block + i) * w->outliers + j;
+                for (i64 q = 0; q < n; q++)
+                    at[i][q] = (uint32_t)((uint16_t)codes[q] * w->outlier_width);
+            }
+            multiply(w->outlier_width, w->outlier_books, at, task->x + j, n, m, sums);
+        }
+        for (i64 i = 0; i < m; i++)
+            for (i64 t = 0; t < v && (block + i) * v + t < w->rows; t++) {
+                i64 r = (block + i) * v + t;
+                float sum = task->y[r] + sums[i][t];
+                if (w->scale && w->norm_rows) sum = sum * w->scale[r] + w->offset[r] * task->shift;
+                else if (w->scale) sum += task->shift;
+                task->y[r] = sum;
+            }
+    }
+    return 0;
+}
+
+/* y (tokens, rows) = x (tokens, columns) @ W.T, both float. Returns 0, or 1 without memory. */
+EXPORT int hf_vq_vptq_linear(const vptq_t *w, const float *x, float *y, i64 tokens, i64 threads) {
+    float *stored = allocate(w->columns * 4);
+    if (!stored) return 1;
+    int failed = 0;
+    for (i64 i = 0; i < tokens && !failed; i++, x += w->columns, y += w->rows) {
+        double shift = 0;
+        for (i64 p = 0; p < w->columns; p++) {
+            i64 j = column_of(w, p);
+            stored[p] = x[j];
+            if (w->scale && !w->norm_rows) {
+                stored[p] *= w->scale[j];
+                shift += (double)x[j] * w->offset[j];
+            } else {
+                shift += x[j];
+            }
+        }
+        task_t task = {w, stored, y, (float)shift, NULL, 0, 0, 0};
+        failed = parallel(product_of_thread, &task, threads);
+        if (!failed && (w->scale || w->outliers)) failed = parallel(finish_of_thread, &task, threads);
+    }
+    free(stored);
+    return failed;
+}
+
+/* apart, so that no compiler makes one rounding of the two */
+static __attribute__((noinline)) void scale_by(float *values, const float *by, float one, i64 n) {
+    for (i64 i = 0; i < n; i++) values[i] *= by ? by[i] : one;
+}
+static __attribute__((noinline)) void shift_by(float *values, const float *by, float one, i64 n) {
+    for (i64 i = 0; i < n; i++) values[i] += by ? by[i] : one;
+}
+
+INLINE void copy_entry(float *to, const float *entry, const float *second, i64 v) {
+    for (i64 t = 0; t < v; t++) to[t] = second ? entry[t] + second[t] : entry[t];
+}
+
+/* The columns of a thread, of rows first .. first + rows - 1, to out (columns, rows). */
+static int decode_of_thread(const void *context, i64 thread, i64 threads) {
+    const task_t *task = context;
+    const vptq_t *w = task->w;
+    i64 v = w->vector_dim, per_group = (w->columns - w->outliers) / w->groups;
+    i64 low_block = task->first / v, blocks = ceil_div(task->rows, v);
+    i64 chunks = ceil_div(per_group, CHUNK), room = (blocks + 1) * v + WIDEST;
+    uint32_t at[CHUNK], res_at[CHUNK];
+    float *values = allocate(CHUNK * room * 4);
+    if (!values) return 1;
+    i64 jobs = w->groups * chunks, outlier_jobs = ceil_div(w->outliers, CHUNK);
+    for (i64 job = thread; job < jobs + outlier_jobs; job += threads) {
+        int outlier = job >= jobs;
+        i64 group = outlier ? 0 : job / chunks;
+        i64 first = outlier ? (job - jobs) * CHUNK : job % chunks * CHUNK;
+        i64 n = smaller(CHUNK, (outlier ? w->outliers : per_group) - first);
+        if (outlier) {
+            i64 dim = w->outlier_dim;
+            for (i64 r = 0; r < task->rows; r++) {
+                i64 row = task->first + r;
+                const int16_t *codes = w->outlier_indices + row / dim * w->outliers + first;
+                for (i64 j = 0; j < n; j++)
+                    values[j * room + r] =
+                        w->outlier_books[(uint16_t)codes[j] * w->outlier_width + row % dim];
+            }
+        } else {
+            const float *book = w->books + group * w->entries * w->width;
+            const float *res = w->res_books ? w->res_books + group * w->res_entries * w->width : NULL;
+            for (i64 b = 0; b < blocks; b++) {
+                offsets(w, group, low_block + b, first, n, at, res_at);
+                float *to = values + b * v;
+                if (res)
+                    for (i64 j = 0; j < n; j++) /* the padding is overwritten by the next block */
+                        copy_entry(to + j * room, book + at[j], res + res_at[j], w->width);
+                else if (w->width == 4)
+                    for (i64 j = 0; j < n; j++) copy_entry(to + j * room, book + at[j], NULL, 4);
+                else if (w->width == 8)
+                    for (i64 j = 0; j < n; j++) copy_entry(to + j * room, book + at[j], NULL, 8);
+                else
+                    for (i64 j = 0; j < n; j++) copy_entry(to + j * room, book + at[j], NULL, 16);
+            }
+        }
+        for (i64 j = 0; j < n; j++) {
+            i64 column = column_of(w, outlier ? first + j : w->outliers + group * per_group + first + j);
+            float *of_column = values + j * room;
+            if (w->scale && w->norm_rows) {
+                scale_by(of_column, w->scale + task->first, 0, task->rows);
+                shift_by(of_column, w->offset + task->first, 0, task->rows);
+            } else if (w->scale) {
+                scale_by(of_column, NULL, w->scale[column], task->rows);
+                shift_by(of_column, NULL, w->offset[column], task->rows);
+            }
+            store(task->out, column * task->rows, task->dtype, of_column, task->rows);
+        }
+    }
+    free(values);
+    return 0;
+}
+
+/* Rows first .. first + n - 1 of W to out (columns, n) of the dtype; `first` is a multiple of
+ * vector_dim. Returns 0, or 1 without memory. */
+EXPORT int hf_vq_vptq_decode(const vptq_t *w, i64 first, i64 n, int dtype, void *out, i64 threads) {
+    task_t task = {w, NULL, NULL, 0, out, dtype, first, n};
+    return parallel(decode_of_thread, &task, threads);
+}

@@ -1,0 +1,198 @@
+"""The compiled CPU backend against the default one in float32, which equals the references exactly
+(test_ops.py and its kin): odd shapes, all formats and dtypes, with the instructions of this
+processor and with portable code alone. And how it is compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hf_vq_kernels
+import pytest
+import torch
+from helpers import ODD_SPECS, random_gptvq
+from helpers_cvxq import ODD_CVXQ, random_cvxq, with_depths
+from helpers_vptq import ODD_VPTQ, random_vptq
+from hf_vq_kernels import cpu_build
+from torch import Tensor
+
+from hf_vq.formats import cvxq, gptvq, vptq
+from hf_vq.formats.gptvq import GPTVQSpec
+from hf_vq.formats.vptq import VPTQSpec
+from hf_vq.layers.operators import OPERATORS
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+needs_compiler = pytest.mark.skipif(
+    cpu_build.unavailable() is not None, reason=f"no compiled backend: {cpu_build.unavailable()}"
+)
+
+# name: (out, in, d, k, group rows, group columns, codebook dtype, scale block); rows and columns
+# that are no multiple of anything, tables of one to four registers, one or two rows per register
+GPTVQ = {
+    "2d-k16-tail": GPTVQSpec(37, 172, 2, 16, 37, 172),
+    "2d-k16-scales": GPTVQSpec(45, 896, 2, 16, 19, 128, "int8", 32),
+    "2d-k16-linear-scales": GPTVQSpec(17, 896, 2, 16, 8, 256, "int8", 16, "linear"),
+    "4d-k256": GPTVQSpec(53, 4864, 4, 256, 21, 128),
+    "4d-k256-scales": GPTVQSpec(33, 1100, 4, 256, 33, 128, "int8", 32),
+    "4d-k100": GPTVQSpec(19, 260, 4, 100, 7, 128),
+    "2d-k64": GPTVQSpec(35, 896, 2, 64, 13, 128, "int8", 64),
+    "1d-k8": GPTVQSpec(18, 11008, 1, 8, 9, 512),
+    "8d-k256": GPTVQSpec(21, 1032, 8, 256, 21, 1032),
+    "4d-int4": GPTVQSpec(20, 172, 4, 64, 20, 64, "int4"),
+    "4d-k1024": GPTVQSpec(20, 172, 4, 1024, 20, 64),
+}
+VPTQ = {
+    "v8": VPTQSpec(61, 172, 8, 256),
+    "v6-norm": VPTQSpec(50, 896, 6, 64, norm="columns", permuted=True),
+    "v12-residual": VPTQSpec(50, 172, 12, 64, 32, norm="rows"),
+    "v4-groups": VPTQSpec(29, 1024, 4, 256, num_groups=4, norm="columns"),
+}
+CVXQ = {
+    "g128": with_depths(200, 172, 128),
+    "g24-perm": with_depths(70, 896, 24, "log8", "int8", permuted=True),
+}
+
+
+def cases() -> dict[str, Any]:
+    """name -> spec."""
+    out: dict[str, Any] = {}
+    for kind, specs in (
+        ("gptvq", {**GPTVQ, **ODD_SPECS}),
+        ("vptq", {**VPTQ, **ODD_VPTQ}),
+        ("cvxq", {**CVXQ, **ODD_CVXQ}),
+    ):
+        small = {name: spec for name, spec in specs.items() if spec.out_features < 1000}
+        out |= {f"{kind}-{name}": spec for name, spec in small.items()}
+    return out
+
+
+CASES = cases()
+RANDOM = {"gptvq": random_gptvq, "vptq": random_vptq, "cvxq": random_cvxq}
+PACK = {"gptvq": gptvq.pack, "vptq": vptq.pack, "cvxq": cvxq.pack}
+
+
+def assert_close(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    """Relative error in the Frobenius norm, reported by name."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, name
+    ours, theirs = ours.double(), theirs.double()
+    error = (ours - theirs).norm() / theirs.norm().clamp_min(1e-30)
+    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def packed_weight(spec: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """Random packed tensors of `spec`, and the weight that they decode to."""
+    packed = PACK[spec.method](RANDOM[spec.method](spec, 0), spec)
+    with hf_vq_kernels.use_backend("torch"):
+        return packed, OPERATORS[spec.method].dequantize(packed, spec, torch.float32)
+
+
+def check(name: str) -> None:
+    """All token counts and dtypes of one case, forced to the compiled backend."""
+    spec = CASES[name]
+    packed, weight = packed_weight(spec)
+    operator, bias = OPERATORS[spec.method], torch.randn(spec.out_features)
+    with hf_vq_kernels.use_backend("c"):
+        for dtype, tolerance in TOLERANCE.items():
+            assert torch.equal(operator.dequantize(packed, spec, dtype), weight.to(dtype)), dtype
+            for tokens in (1, 3, 17):
+                x = torch.randn(tokens, spec.in_features).to(dtype)
+                right = (x.double() @ weight.double().T + bias).to(dtype)
+                y = operator.linear(x, packed, spec, bias)
+                assert_close(f"{tokens} tokens", y, right, tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_reference(name: str) -> None:
+    check(name)
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The same sources without the instructions of this processor, and without OpenMP."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_build, "_VARIANTS", (("-pthread",),))
+        return ctypes.CDLL(str(cpu_build.build(tmp_path_factory.mktemp("portable"))))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_portable_code(name: str, portable: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_build, "library", lambda: portable)
+    check(name)
+
+
+@needs_compiler
+@pytest.mark.parametrize("planted", [float("nan"), float("inf"), 1e30, 1e-42, 0.0])
+def test_extreme_activations(planted: float) -> None:
+    spec = GPTVQ["4d-k256"]
+    packed, weight = packed_weight(spec)
+    x = torch.randn(1, spec.in_features)
+    x[0, 5] = planted
+    if planted == 0:
+        x.zero_()
+    with hf_vq_kernels.use_backend("c"):
+        y = OPERATORS["gptvq"].linear(x, packed, spec, None)
+    if planted != planted or planted == float("inf"):
+        assert not y.isfinite().any()
+    else:
+        assert_close("y", y, (x.double() @ weight.double().T).float(), 1e-5)
+
+
+@needs_compiler
+def test_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_build, "_VARIANTS", (("-O0", "-pthread"),))
+    first = cpu_build.build(tmp_path)
+    written = first.stat().st_mtime_ns
+    assert cpu_build.build(tmp_path) == first and first.stat().st_mtime_ns == written
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]  # nothing half-written is left
+    monkeypatch.setattr(cpu_build, "_VARIANTS", (("-O0", "-pthread", "-g"),))
+    assert cpu_build.build(tmp_path) != first  # other flags, another library
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(cpu_build.CannotCompile, match="no C compiler was found"):
+        cpu_build.build()
+
+
+def test_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such instruction')\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(cpu_build.CannotCompile, match="no such instruction"):
+        cpu_build.build(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
+    program = """
+import torch, hf_vq_kernels
+from hf_vq_kernels import explain
+words = torch.zeros(4, 1, dtype=torch.int32)
+books = torch.ones(1, 1, 16, 2, dtype=torch.int8)
+print(explain("gptvq_linear", torch.ones(1, 16), words, books, None, None, None, None, None,
+              2, 16, 4, 16, 0, True))
+"""
+    environment = {"PATH": "", "HF_VQ_CACHE": str(tmp_path), "CC": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "gptvq_linear(1x16 float32 on cpu): torch" in done.stdout
+    assert "not c: no C compiler was found" in done.stdout
+
+
+def test_gradients_through_the_compiled_backend() -> None:
+    spec = GPTVQ["2d-k16-scales"]
+    packed, weight = packed_weight(spec)
+    x = torch.randn(3, spec.in_features, requires_grad=True)
+    theirs = x.detach().clone().requires_grad_()
+    OPERATORS["gptvq"].linear(x, packed, spec, None).square().sum().backward()
+    (theirs @ weight.T).square().sum().backward()
+    assert isinstance(x.grad, Tensor) and isinstance(theirs.grad, Tensor)
+    assert_close("gradient of x", x.grad, theirs.grad, 1e-5)

@@ -1,0 +1,37 @@
+"""The kernels compile for GPUs of NVIDIA and AMD; the interpreter takes what compilers refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("triton_compile.py")
+
+
+@pytest.mark.parametrize("target", [("cuda", "90"), ("hip", "gfx942")], ids=["sm_90", "gfx942"])
+def test_kernels_compile(target: tuple[str, str], tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = str(SCRIPT.parents[1])  # the helpers of tests
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *target], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    names = [report["name"] for report in reports]
+    for method in ("gptvq", "vptq", "cvxq"):
+        assert f"triton_{method}._decode" in names
+    for kernel in ("_product", "_transposed_product", "_dequantize"):
+        assert names.count(f"triton_product.{kernel}") == 3
+    for report in reports:
+        assert report["binary"] > 0
+        assert report["shared"] <= 64 * 1024, "more than an AMD GPU has"
+        assert report["local"] == 0, "values in local memory"
+        if report["name"].endswith("._decode"):
+            # one word per thread and step: nothing moves between threads before the end
+            assert report["conversions"] == 0
