@@ -1,0 +1,1 @@
+"""Training over packed layers: PEFT's adapters, merging them, and the codebooks themselves."""

@@ -1,0 +1,269 @@
+"""Tuning a packed model to its original, end to end: KL to the original's next-token distributions.
+
+Quantizing makes every matrix right for itself, and a few thousand numbers, the codebooks, decide
+what all codes mean. `tune` trains them, with the codes fixed, by Adam on KL(original || packed), as
+AQLM (arXiv 2401.06118, section 3.4) and VPTQ (arXiv 2409.17066, section 4.2) do. Of every codebook
+there is a float32 master copy; the model runs with what would be stored of it, and the gradient
+found there moves the master (straight-through). So the loss that is minimised, judged and reported
+is that of the model that is saved. Windows held out of the training decide which state is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_vq.formats.trainable import trained_names
+from hf_vq.layers import PackedLinear
+from hf_vq.tuning.codebooks import (
+    make_trainable,
+    norms,
+    rounded,
+    store_trained,
+    trainable_linears,
+)
+from hf_vq.tuning.teacher import Teacher, open_teacher, tuning_windows
+
+logger = logging.getLogger(__name__)
+
+# Root mean squares of a tensor per step, at the peak of the schedule.
+_LEARNING_RATE = 2e-3
+_TOKENS_PER_STEP = 4096
+# Values of one micro-batch's logits.
+_MAX_LOGITS = 1 << 24
+_WARMUP = 0.05
+# Windows that are not trained on but decide: a share of all, and at most so many.
+_HELD_OUT, _MOST_HELD_OUT = 1 / 16, 16
+# Times during training that the held-out windows are looked at.
+_CHECKS = 4
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune` has done. kl_before, kl: nats per position on the held-out windows, as stored."""
+
+    kl_before: float
+    kl: float
+    steps: int
+    trained: int
+
+
+def tune(
+    model: nn.Module,
+    teacher: Any = None,
+    dataset: Any = None,
+    *,
+    steps: int | None = None,
+    nsamples: int = 512,
+    seqlen: int | None = None,
+    tokens_per_step: int = _TOKENS_PER_STEP,
+    learning_rate: float | None = None,
+    tokenizer: Any = None,
+    teacher_logits: str | None = None,
+    seed: int = 0,
+) -> Tuning:
+    """Train codebooks, scales and norms of a packed model end to end, in place.
+
+    The codes stay, and the model saves in the same format as before. On the CPU everything runs in
+    float32, elsewhere in the model's dtype.
+
+    Args:
+        model: a packed causal language model, without adapters.
+        teacher: the original: a model, a folder or an id. None: the one the config names.
+        dataset: as in the configs (`hf_vq.engine.calibration.load_calibration`); text like that
+            which the model is for. More helps: the default is 512 windows.
+        steps: optimizer steps. None: as many as go through the data once, at least 100.
+        nsamples, seqlen: windows and their tokens. seqlen None: the model's context, at most 2048.
+        tokens_per_step: tokens of one optimizer step, rounded to whole windows.
+        learning_rate: peak, in root mean squares of each tensor. None: 2e-3.
+        tokenizer: for texts. None: the model's own.
+        teacher_logits: file for the teacher's most likely tokens: read instead of running the
+            teacher if it is there, else written. None: the teacher runs beside the model.
+        seed: of the choice and the order of windows.
+
+    Returns:
+        A `Tuning`; where nothing was gained the model is as it was.
+
+    Raises:
+        ValueError: no packed layers, a wrong `steps`, or fewer than two windows.
+        CalibrationError: the dataset cannot be used.
+    """
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps}: at least 1 is needed")
+    windows = tuning_windows(model, dataset, tokenizer, nsamples, seqlen, seed)
+    if len(windows) < 2:
+        raise ValueError(
+            "tuning needs two windows at least, one to judge by; give more text or a smaller seqlen"
+        )
+    source = open_teacher(teacher, model, windows, teacher_logits)
+    held = min(_MOST_HELD_OUT, max(1, round(len(windows) * _HELD_OUT)))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    judges, pool = order[:held], order[held:]
+    per_step = max(1, min(len(pool), round(tokens_per_step / windows.shape[1])))
+    steps = max(100, math.ceil(len(pool) / per_step)) if steps is None else steps
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        make_trainable(model)
+        with _wide(model):
+            masters = _Masters(model)
+            run = _Runner(model, source, windows)
+            rate = _LEARNING_RATE if learning_rate is None else learning_rate
+            before = best = run.kl(judges)
+            state = masters.state()
+            optimizer = masters.optimizer(rate)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
+            batches = _batches(pool, per_step, seed)
+            for step in range(1, steps + 1):
+                run.backward(next(batches))
+                masters.step(optimizer)
+                schedule.step()
+                if step == steps or step % max(1, steps // _CHECKS) == 0:
+                    kl = run.kl(judges)
+                    logger.info("step %d of %d: KL %.5f, %.5f before", step, steps, kl, before)
+                    if kl < best:
+                        best, state = kl, masters.state()
+            masters.load(state)
+            trained = sum(master.numel() for master in masters.masters)
+    finally:
+        store_trained(model)
+        for module, training in modes:
+            module.training = training
+    return Tuning(before, best, steps, trained)
+
+
+def _schedule(steps: int) -> Any:
+    warmup = max(1, round(_WARMUP * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return factor
+
+
+def _batches(pool: list[int], per_step: int, seed: int) -> Iterator[list[int]]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    queue: list[int] = []
+    while True:
+        if len(queue) < per_step:
+            queue += [pool[i] for i in torch.randperm(len(pool), generator=generator).tolist()]
+        yield queue[:per_step]
+        queue = queue[per_step:]
+
+
+@contextmanager
+def _wide(model: nn.Module) -> Iterator[None]:
+    """On the CPU, run in float32; norms that were changed are rounded at the end."""
+    if next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    packed = {
+        id(tensor)
+        for module in model.modules()
+        if hasattr(module, "packed")
+        for tensor in module.packed().values()  # type: ignore[operator]
+    }
+    # by identity, as tied weights are one parameter
+    narrow = {id(p): p for p in model.parameters() if p.is_floating_point() and id(p) not in packed}
+    before = [(p, p.data) for p in narrow.values() if p.dtype != torch.float32]
+    for parameter, data in before:
+        parameter.data = data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            # what was not trained is put back, not rounded again
+            parameter.data = parameter.data.to(data.dtype) if parameter.requires_grad else data
+
+
+class _Masters:
+    """float32 masters of everything trained; the model holds what would be stored of them."""
+
+    def __init__(self, model: nn.Module):
+        self.layers: list[tuple[PackedLinear, dict[str, Tensor]]] = []
+        self.norms: list[tuple[nn.Parameter, Tensor]] = []
+        for layer in trainable_linears(model).values():
+            live = layer.packed()
+            mine = {name: live[name].detach().clone() for name in trained_names(layer.spec)}
+            self.layers.append((layer, mine))
+        for parameter in norms(model).values():
+            self.norms.append((parameter, parameter.detach().float().clone()))
+
+    @property
+    def masters(self) -> list[Tensor]:
+        return [m for _, mine in self.layers for m in mine.values()] + [m for _, m in self.norms]
+
+    def _live(self) -> Iterator[Tensor]:
+        for layer, mine in self.layers:
+            live = layer.packed()
+            yield from (live[name] for name in mine)
+        yield from (parameter for parameter, _ in self.norms)
+
+    def optimizer(self, rate: float) -> torch.optim.Optimizer:
+        sizes = [float(m.square().mean().sqrt().clamp_min(1e-12)) for m in self.masters]
+        groups = [{"params": [m], "lr": rate * s} for m, s in zip(self.masters, sizes, strict=True)]
+        return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the masters by the gradients of what is stored, and store them anew."""
+        for master, live in zip(self.masters, self._live(), strict=True):
+            master.grad = None if live.grad is None else live.grad.float()
+            live.grad = None
+        optimizer.step()
+        self._store()
+
+    @torch.no_grad()
+    def _store(self) -> None:
+        for layer, mine in self.layers:
+            live = layer.packed()
+            for name, value in rounded(layer, mine).items():
+                live[name].copy_(value)
+        for parameter, master in self.norms:
+            parameter.copy_(master)
+
+    def state(self) -> list[Tensor]:
+        return [master.clone() for master in self.masters]
+
+    def load(self, state: list[Tensor]) -> None:
+        """Back to `state`. The layers' own values are what is stored at the end, so they follow."""
+        for master, value in zip(self.masters, state, strict=True):
+            master.copy_(value)
+        self._store()
+
+
+class _Runner:
+    """KL(teacher || model) over windows (n, seqlen)."""
+
+    def __init__(self, model: nn.Module, teacher: Teacher, windows: Tensor):
+        self.model, self.teacher, self.windows = model, teacher, windows
+        self.device = next(model.parameters()).device
+        config: Any = model.config
+        vocabulary = config.get_text_config().vocab_size
+        self.size = max(1, _MAX_LOGITS // (windows.shape[1] * vocabulary))
+
+    def _divergence(self, some: list[int]) -> Tensor:
+        """Mean over positions."""
+        tokens = self.windows[some].to(self.device)
+        logits = self.model(input_ids=tokens, use_cache=False).logits.float()
+        return self.teacher.divergence(some, logits.log_softmax(-1))
+
+    def backward(self, batch: list[int]) -> None:
+        for some in self._micro(batch):
+            (self._divergence(some) * (len(some) / len(batch))).backward()
+
+    @torch.no_grad()
+    def kl(self, which: list[int]) -> float:
+        parts = [float(self._divergence(some)) * len(some) for some in self._micro(which)]
+        return sum(parts) / len(which)
+
+    def _micro(self, batch: list[int]) -> list[list[int]]:
+        return [batch[i : i + self.size] for i in range(0, len(batch), self.size)]
