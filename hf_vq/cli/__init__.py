@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 
 from hf_vq import __version__
+from hf_vq.cli.compare import compare as compare_command
 from hf_vq.cli.evaluate import evaluate as evaluate_command
 from hf_vq.cli.inspect import inspect as inspect_command
 from hf_vq.cli.plan import plan as plan_command
+from hf_vq.cli.push import push as push_command
 from hf_vq.cli.quantize import quantize as quantize_command
+from hf_vq.cli.report import report as report_command
 from hf_vq.cli.run import run as run_command
 from hf_vq.cli.sweep import sweep as sweep_command
 
@@ -25,7 +28,10 @@ app.command("quantize")(quantize_command)
 app.command("plan")(plan_command)
 app.command("sweep")(sweep_command)
 app.command("eval")(evaluate_command)
+app.command("compare")(compare_command)
 app.command("inspect")(inspect_command)
+app.command("push")(push_command)
+app.command("report")(report_command)
 app.command(
     "run",
     # everything after the target belongs to the target, its --help included

@@ -12,8 +12,9 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Comparison:
 
     Attributes:
         kl: mean of KL(dense || quantized) per position, in nats.
+        kl_median, kl_p99: median and 99th percentile of the same over the positions.
         top1: share of positions (0..1) where both models rank the same token first.
         positions: number of positions compared.
         perplexity_dense, perplexity_quantized: as `perplexity` gives them, for the same windows.
@@ -39,6 +41,15 @@ class Comparison:
     positions: int
     perplexity_dense: float
     perplexity_quantized: float
+    kl_median: float
+    kl_p99: float
+
+
+class Reference(Protocol):
+    """Logits of the original that are there already (`hf_vq.evaluation.teacher.Teacher`)."""
+
+    tokens: Tensor
+    logits: Tensor
 
 
 def windows(tokens: Tensor, seqlen: int) -> Tensor:
@@ -94,9 +105,9 @@ def perplexity(model: nn.Module, tokens: Tensor, seqlen: int) -> float:
     """
     batch = windows(tokens, seqlen)
     loss, count = 0.0, 0
-    with _evaluation_mode(model):
-        for start, chunk in _batches(model, batch):
-            logits = _logits(model, chunk, start)
+    with evaluation_mode(model):
+        for start, chunk in batches(model, batch):
+            logits = model_logits(model, chunk, start)
             targets = chunk[:, 1:].reshape(-1).to(logits.device)
             for rows, part in _float32_slices(logits[:, :-1]):
                 nll = F.cross_entropy(part, targets[rows], reduction="none")
@@ -108,11 +119,12 @@ def perplexity(model: nn.Module, tokens: Tensor, seqlen: int) -> float:
 
 
 @torch.no_grad()
-def compare(dense: nn.Module, quantized: nn.Module, tokens: Tensor) -> Comparison:
+def compare(dense: nn.Module | Reference, quantized: nn.Module, tokens: Tensor) -> Comparison:
     """Compare next-token distributions of two models at every position.
 
     Args:
-        dense, quantized: models over the same vocabulary, on any devices.
+        dense, quantized: models over the same vocabulary, on any devices; for the first a
+            `hf_vq.evaluation.teacher.Teacher` of the same tokens does as well.
         tokens: integers, shape (n, seqlen), seqlen >= 2.
 
     Returns:
@@ -126,12 +138,20 @@ def compare(dense: nn.Module, quantized: nn.Module, tokens: Tensor) -> Compariso
             f"compare needs windows of shape (n, seqlen), not {tuple(tokens.shape)}; "
             "cut them with hf_vq.evaluation.windows"
         )
-    kl, agree, count = 0.0, 0, 0
+    kept = None if isinstance(dense, nn.Module) else dense.logits
+    if not isinstance(dense, nn.Module) and not torch.equal(dense.tokens, tokens.long()):
+        raise ValueError("these logits of the original are of other windows; measure them again")
+    divergences: list[Tensor] = []
+    agree, count = 0, 0
     losses = [0.0, 0.0]
-    with _evaluation_mode(dense), _evaluation_mode(quantized):
-        for start, chunk in _batches(dense, tokens.long()):
-            reference = _logits(dense, chunk, start)
-            other = _logits(quantized, chunk, start).to(reference.device)
+    with evaluation_mode(dense), evaluation_mode(quantized):
+        for start, chunk in batches(quantized, tokens.long()):
+            if isinstance(dense, nn.Module):
+                _check_vocabulary(dense, chunk)
+                reference = model_logits(dense, chunk, start)
+            else:
+                reference = kept[start : start + chunk.shape[0]]  # type: ignore[index]
+            other = model_logits(quantized, chunk, start).to(reference.device)
             if reference.shape[-1] != other.shape[-1]:
                 raise ValueError(
                     f"the models' vocabularies differ: {reference.shape[-1]} and {other.shape[-1]} "
@@ -142,13 +162,14 @@ def compare(dense: nn.Module, quantized: nn.Module, tokens: Tensor) -> Compariso
             slices = zip(_float32_slices(reference), _float32_slices(other), strict=True)
             for (rows, p_logits), (_, q_logits) in slices:
                 p, q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
-                kl += (
-                    F.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum().item()
-                )
+                found = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+                divergences.append(found.double().cpu())
                 for i, log_p in enumerate((p, q)):
                     losses[i] += _negative_log_likelihood(log_p, targets[rows])
                 agree += int((p_logits.argmax(-1) == q_logits.argmax(-1)).sum())
             count += chunk.numel()
+    positions = torch.cat(divergences).numpy()
+    kl = float(positions.sum())
     if not math.isfinite(kl):
         raise ValueError("the KL divergence is not finite: one of the models gives NaN or Inf")
     predictions = count - tokens.shape[0]
@@ -158,6 +179,8 @@ def compare(dense: nn.Module, quantized: nn.Module, tokens: Tensor) -> Compariso
         positions=count,
         perplexity_dense=_exp(losses[0] / predictions),
         perplexity_quantized=_exp(losses[1] / predictions),
+        kl_median=float(np.median(positions)),
+        kl_p99=float(np.percentile(positions, 99)),
     )
 
 
@@ -177,10 +200,10 @@ def generate_sample(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt has no tokens; give at least one word")
-    target = device if device is not None else _input_device(model)
+    target = device if device is not None else input_device(model)
     ids = inputs["input_ids"].to(target)
     mask = inputs["attention_mask"].to(target) if "attention_mask" in inputs else None
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -189,6 +212,12 @@ def generate_sample(
             pad_token_id=_pad_token(model, tokenizer),
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors a checkpoint of this model holds; tied parameters count once."""
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _negative_log_likelihood(log_p: Tensor, targets: Tensor) -> float:
@@ -212,8 +241,11 @@ def _pad_token(model: Any, tokenizer: Any) -> int | None:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside, every module's own mode back afterwards."""
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Dropout off inside, every module's own mode back afterwards; nothing for kept logits."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -223,7 +255,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
     """Where token ids go. Offloaded models have meta parameters; their hooks move inputs."""
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device.type == "meta":
@@ -241,22 +273,28 @@ def _vocabulary(model: nn.Module) -> int | None:
     return getattr(config, "vocab_size", None)
 
 
-def _batches(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first window, windows) with as many windows as fit the budget of logits."""
+def _check_vocabulary(model: nn.Module, tokens: Tensor) -> int | None:
     vocabulary = _vocabulary(model)
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
         raise ValueError(
             f"token id {int(tokens.max())} is outside the model's vocabulary of {vocabulary}; "
             "the tokens were made with another tokenizer"
         )
+    return vocabulary
+
+
+def batches(model: nn.Module, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first window, windows) with as many windows as fit the budget of logits."""
+    vocabulary = _check_vocabulary(model, tokens)
     size = 1 if vocabulary is None else max(1, _MAX_LOGITS // (tokens.shape[1] * vocabulary))
     size = min(size, 16)
     for start in range(0, tokens.shape[0], size):
         yield start, tokens[start : start + size]
 
 
-def _logits(model: nn.Module, batch: Tensor, start: int) -> Tensor:
-    logits = model(input_ids=batch.to(_input_device(model)), use_cache=False).logits
+def model_logits(model: nn.Module, batch: Tensor, start: int) -> Tensor:
+    """Of windows (n, seqlen), the first of which is number `start`; ValueError for NaN or Inf."""
+    logits = model(input_ids=batch.to(input_device(model)), use_cache=False).logits
     # the sum is NaN or Inf as soon as one entry is; unlike isfinite it makes no copy of the logits
     if not torch.isfinite(logits.sum(dtype=torch.float32)) and not torch.isfinite(logits).all():
         raise ValueError(

@@ -114,7 +114,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             f"{folder} holds no model packed by hf_vq: its config lists no packed layers"
         )
     method = get_method(settings["quant_method"])
-    files = _weight_files(folder)
+    files = weight_files(folder)
     stored: dict[str, StoredTensor] = {}
     for file in files:
         stored.update(read_header(file))
@@ -195,13 +195,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """All tensors in the safetensors files of `folder`; empty where there are no such files."""
     stored: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         if file.is_file():
             stored.update(read_header(file))
     return stored
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, whether they exist or not."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()

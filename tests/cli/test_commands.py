@@ -25,6 +25,7 @@ SMALL = LlamaConfig(
     vocab_size=4096,  # of the bundled tokenizer
     max_position_embeddings=128,
 )
+COMPARE = ["compare", "{dense}", "--dataset", "{text}", "--eval-dataset", "{text}"]
 TEXT = "The function returns a list of names, and raises ValueError if there is none. " * 120
 
 
@@ -101,6 +102,31 @@ def test_eval(folders, tmp_path):
     assert alone["perplexity"] == pytest.approx(figures["perplexity"]) and "kl" not in alone
 
 
+def test_figures_are_kept_and_go_into_the_card(folders, tmp_path):
+    out, logits = tmp_path / "packed", tmp_path / "logits"
+    shutil.copytree(folders / "packed", out, ignore=shutil.ignore_patterns("evaluation.json"))
+    arguments = ["--against", folders / "dense", "--dataset", folders / "text.txt"]
+    arguments += ["--seqlen", "64", "--max-windows", "3", "--prompt", "", "--rtn"]
+    hf_vq("eval", out, *arguments, "--teacher", logits)
+    record = json.loads((out / "evaluation.json").read_text())
+    (found,) = record["evaluations"]
+    assert found["dataset"] == "text.txt" and found["generation"]["prompts"] == 3
+    assert found["speed"]["tokens_per_second"] > 0 and found["kl_p99"] >= found["kl_median"]
+    assert [round(row["bits"], 2) for row in found["rtn"]] == sorted(
+        round(row["bits"], 2) for row in found["rtn"]
+    )
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"{found['perplexity']:.3f}" in card and f"{found['kl']:.4f}" in card
+    assert str(tmp_path) not in card and str(tmp_path) not in json.dumps(record)
+    hf_vq("eval", out, *arguments, "--teacher", logits, "--no-generate")
+    (again,) = json.loads((out / "evaluation.json").read_text())["evaluations"]
+    assert again["kl"] == found["kl"] and "speed" not in again, "the later one replaces it"
+    hf_vq("eval", out, *arguments, "--no-card", "--seqlen", "32")
+    assert len(json.loads((out / "evaluation.json").read_text())["evaluations"]) == 1
+    code, message = refused("eval", out, *arguments, "--teacher", logits, "--max-windows", "2")
+    assert code == 1 and "other text or windows" in message
+
+
 def test_eval_of_a_model_against_itself_is_zero(folders, tmp_path):
     json_file = tmp_path / "figures.json"
     arguments = ["--dataset", folders / "text.txt", "--seqlen", "64", "--prompt", ""]
@@ -169,6 +195,36 @@ def test_quantizing_again_replaces_the_old_model(folders, tmp_path):
         (["eval", "{packed}", "--dataset", "{dense}/none.txt"], 1, "none.txt"),
         (["eval", "{packed}", "--dataset", "{text}", "--seqlen", "100000"], 1, "smaller seqlen"),
         (["eval", "{packed}"], 2, "--dataset"),
+        (["eval", "{packed}", "--dataset", "{text}", "--rtn"], 2, "--rtn"),
+        (["eval", "{packed}", "--dataset", "{text}", "--teacher", "{out}"], 2, "--teacher"),
+        (
+            [
+                "compare",
+                "{dense}",
+                "--dataset",
+                "{text}",
+                "--eval-dataset",
+                "{text}",
+                "--methods",
+                "x",
+            ],
+            2,
+            "none of",
+        ),
+        (
+            [
+                "compare",
+                "{dense}",
+                "--dataset",
+                "{text}",
+                "--eval-dataset",
+                "{text}",
+                "--bits",
+                "9",
+            ],
+            2,
+            "from 1 to 8",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(folders, tmp_path, arguments, code, text, monkeypatch):

@@ -1,0 +1,255 @@
+"""Methods beside each other at equal size: ours, scalar baselines, other libraries' quantizers.
+
+The measure is the scalar format: b bits with a scale and a zero per 64 columns cost b + (16 + b)/64
+bits. Ours are given exactly that, everything counted; what other libraries really store is counted
+after they have quantized. All are compared with one pass of the original over the same windows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_vq.evaluation.baselines import BASELINES, bits_per_weight, quantize_baseline
+from hf_vq.evaluation.metrics import compare
+from hf_vq.evaluation.teacher import Teacher
+from hf_vq.registry import METHODS
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One method at one size. nominal: the bits asked for; bits: all-in, as stored.
+
+    seconds: of quantizing. The figures are as in `hf_vq.evaluation.Comparison`; None, with a note
+    that says why, where the method did not run.
+    """
+
+    method: str
+    nominal: int
+    bits: float | None = None
+    perplexity: float | None = None
+    kl: float | None = None
+    kl_p99: float | None = None
+    top1: float | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+def _hqq(bits: int) -> Any:
+    from transformers import HqqConfig
+
+    return HqqConfig(nbits=bits, group_size=64)
+
+
+def _quanto(bits: int) -> Any:
+    from transformers import QuantoConfig
+
+    return QuantoConfig(weights=f"int{bits}")
+
+
+def _bnb(bits: int) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+
+
+OTHERS: dict[str, tuple[str, tuple[int, ...], Callable[[int], Any]]] = {
+    "hqq": ("hqq", (1, 2, 3, 4, 8), _hqq),
+    "quanto": ("optimum.quanto", (2, 4, 8), _quanto),
+    "bnb": ("bitsandbytes", (4,), _bnb),
+}
+"""Other libraries: package, the bits that they have, their config through Transformers."""
+
+KNOWN = (*METHODS, *BASELINES, *OTHERS)
+
+
+def compare_methods(
+    model: str,
+    methods: Iterable[str],
+    bits: Iterable[int],
+    samples: Tensor,
+    windows: Tensor,
+    *,
+    say: Callable[[ComparisonRow], None] = lambda row: None,
+    dtype: Any = "auto",
+) -> tuple[float, list[ComparisonRow]]:
+    """Quantize `model` with every method at every size; the original's perplexity, and the rows.
+
+    samples, windows: int64 (n, seqlen), for calibration and held out. A method that cannot run is
+    a row with its reason. Raises ValueError for an unknown method.
+    """
+    from transformers import AutoModelForCausalLM
+
+    methods, bits = list(methods), list(bits)
+    if unknown := [name for name in methods if name not in KNOWN]:
+        raise ValueError(f"there is no method {unknown[0]!r}; known are {', '.join(KNOWN)}")
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    teacher = Teacher.measure(original, windows)
+    itself = compare(teacher, original, windows).perplexity_dense
+    rows = []
+    for nominal in bits:
+        for method in methods:
+            began = time.perf_counter()
+            try:
+                quantized, stored = _quantize(model, method, nominal, samples, dtype)
+                seconds = time.perf_counter() - began
+                found = compare(teacher, quantized, windows)
+            except Unavailable as reason:
+                rows.append(ComparisonRow(method, nominal, note=str(reason)))
+            except Exception as error:  # of another library, which may not know this model or CPU
+                if method not in OTHERS:
+                    raise
+                note = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                rows.append(ComparisonRow(method, nominal, note=note))
+            else:
+                figures = (found.perplexity_quantized, found.kl, found.kl_p99, found.top1)
+                rows.append(ComparisonRow(method, nominal, stored, *figures, seconds))
+            say(rows[-1])
+    return itself, rows
+
+
+class Unavailable(Exception):
+    """A method that cannot run here at this size, and why."""
+
+
+def _quantize(
+    model: str, method: str, bits: int, samples: Tensor, dtype: Any
+) -> tuple[nn.Module, float]:
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    if method in METHODS:
+        make: Any = METHODS[method].config
+        count, length = samples.shape
+        config = make(bits=bits_per_weight(bits), dataset=samples, nsamples=count, seqlen=length)
+        packed: Any = load(model, quantization_config=config, dtype=dtype)
+        return packed, packed.hf_quantizer.report["ledger"]["decoder_bits"]
+    if method in BASELINES:
+        dense = load(model, dtype=dtype)
+        # in float32, or rounding to the model's dtype would be a second quantization
+        stored = quantize_baseline(dense, method, bits, samples)
+        return dense.float(), stored
+    package, possible, config_of = OTHERS[method]
+    if bits not in possible:
+        raise Unavailable(f"{method} has no {bits} bits")
+    try:
+        installed = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        installed = False
+    if not installed:
+        raise Unavailable(f"{package} is not installed")
+    names = _linears(model)
+    other = load(model, quantization_config=config_of(bits), dtype=dtype)
+    return other, _stored_bits(other, names)
+
+
+def _linears(model: str) -> dict[str, int]:
+    """Names of the linear layers of the decoder blocks -> weights."""
+    from hf_vq.configs import GPTVQConfig
+    from hf_vq.hub.planning import plan_model
+
+    layers = plan_model(model, GPTVQConfig(bits=4)).layers
+    return {name: spec.num_weights for name, spec in layers.items()}
+
+
+def _stored_bits(model: nn.Module, names: dict[str, int]) -> float:
+    """Bits per weight of what the layers' state dicts hold, biases left out."""
+    stored = 0
+    for name in names:
+        seen = _tensors(model.get_submodule(name).state_dict(), "")
+        stored += sum(t.numel() * t.element_size() for key, t in seen if key != ".bias")
+    return 8 * stored / sum(names.values())
+
+
+def _tensors(value: Any, key: str) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _tensors(entry, f"{key}.{name}")
+
+
+def table(itself: float, rows: list[ComparisonRow]) -> str:
+    """Markdown, one line per row; the best KL of every size in bold."""
+    lines = [
+        "| bits asked | method | bits, everything counted | perplexity | KL | "
+        "KL, 99th percentile | same most likely token | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| | original | | {itself:.3f} | 0 | 0 | 100 % | |",
+    ]
+    best = {n: _best(rows, n) for n in {row.nominal for row in rows}}
+    for r in rows:
+        if r.kl is None:
+            lines.append(f"| {r.nominal} | {r.method} | {r.note} | | | | | |")
+            continue
+        kl = f"**{r.kl:.4f}**" if r is best[r.nominal] else f"{r.kl:.4f}"
+        lines.append(
+            f"| {r.nominal} | {r.method} | {r.bits:.3f} | {r.perplexity:.3f} | {kl} | "
+            f"{r.kl_p99:.3f} | {100 * (r.top1 or 0):.1f} % | {r.seconds:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _best(rows: list[ComparisonRow], nominal: int) -> ComparisonRow | None:
+    found = [row for row in rows if row.nominal == nominal and row.kl is not None]
+    return min(found, key=lambda row: row.kl or 0.0, default=None)
+
+
+def write(folder: Path, itself: float, rows: list[ComparisonRow], about: dict[str, Any]) -> None:
+    """comparison.json, comparison.md and, with matplotlib, comparison.png into `folder`.
+
+    Rows of an earlier comparison there stay if it was made in the same way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _with_earlier(folder / "comparison.json", rows, about)
+    content = {**about, "perplexity_dense": itself, "rows": [asdict(row) for row in rows]}
+    (folder / "comparison.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = f"# Methods at equal size\n\n{about['protocol']}\n\n{table(itself, rows)}"
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    try:
+        draw(rows, folder / "comparison.png")
+    except ImportError:
+        return
+
+
+def _with_earlier(
+    file: Path, rows: list[ComparisonRow], about: dict[str, Any]
+) -> list[ComparisonRow]:
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        old = [ComparisonRow(**row) for row in earlier["rows"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return rows
+    if earlier.get("protocol") != about["protocol"]:
+        return rows
+    new = {(row.nominal, row.method): row for row in rows}
+    joined = {(row.nominal, row.method): row for row in old} | new
+    return sorted(joined.values(), key=lambda row: row.nominal)
+
+
+def draw(rows: list[ComparisonRow], path: Path) -> None:
+    """KL over all-in bits, one line per method, as a PNG. Raises ImportError without matplotlib."""
+    from hf_vq.evaluation.plots import new_figure
+
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for method in dict.fromkeys(row.method for row in rows):
+        points = sorted((r.bits, r.kl) for r in rows if r.method == method and r.kl is not None)
+        if points:
+            style = "o-" if method in METHODS else "s--"
+            axes.plot(*zip(*points, strict=True), style, label=method, markersize=5)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight, everything counted")
+    axes.set_ylabel("KL to the original (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
