@@ -19,8 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_vq
-from hf_vq.engine.report import Reporter
-from hf_vq.engine.run import quantize_model
+from hf_vq.engine.whole import quantize_whole
 from hf_vq.evaluation import compare, perplexity
 from hf_vq.formats.cvxq import CVXQSpec
 from hf_vq.formats.gptvq import GPTVQSpec
@@ -28,8 +27,8 @@ from hf_vq.formats.vptq import VPTQSpec
 from hf_vq.loading import packed_layers
 from hf_vq.methods import cvxq, gptvq, vptq
 from hf_vq.methods.statistics import Statistics
-from hf_vq.plan import measured_plan
 from hf_vq.registry import get_method
+from hf_vq.tying import make_dense
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / "shared"
@@ -79,11 +78,10 @@ class Protocol:
         config = get_method(method).config(seqlen=SEQLEN, **settings)
         began = time.process_time()
         plan = hf_vq.make_plan(model, config)
-        plan = measured_plan(model, config, self.calibration, plan)
-        plan = plan.as_packed(quantize_model(model, plan, self.calibration, config, Reporter()))
+        plan, _ = quantize_whole(model, config, self.calibration, plan)
         result = Result(plan.ledger().decoder_bits, time.process_time() - began)
-        for name, layer in packed_layers(model).items():
-            model.set_submodule(name, layer.to_linear(torch.float32))
+        for name in packed_layers(model):
+            make_dense(model, name, torch.float32)
         return self.measure(model, result)
 
     def scalar(self, walk: Callable[[nn.Module, dict], float]) -> Result:

@@ -25,13 +25,13 @@ os.environ.setdefault("HF_VQ_PROGRESS", "0")
 
 import theory
 import torch
-from baselines import bits_per_weight, quantize_model_scalar
 from protocol import SHARED, Protocol, Result, environment, official, warm_up
 from rows import ASYMMETRIC_GPTQ, DETERMINISM, ROWS, WHOLE, Row
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import hf_vq
+from hf_vq.evaluation.baselines import quantize_baseline
 from hf_vq.registry import get_method
 
 
@@ -60,8 +60,7 @@ def run_row(protocol: Protocol, name: str) -> Result:
     config = hf_vq.GPTVQConfig(asymmetric_calibration=name == ASYMMETRIC_GPTQ)
 
     def walk(model: Any, layers: dict) -> float:
-        quantize_model_scalar(model, layers, samples, config, bits)
-        return bits_per_weight(bits)
+        return quantize_baseline(model, method, bits, samples, config=config)
 
     return protocol.scalar(walk)
 
