@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_vq.formats import FORMATS, check_version
 from hf_vq.patterns import check_pattern, matches
-from hf_vq.rules import Rule
+from hf_vq.rules import Choice, Flag, Number, Rule
 
 RUNTIME_FIELDS = (
     "dataset",
@@ -41,6 +41,15 @@ RECORDED_FIELDS = (
 """Recorded by all methods; where the layers are depends on the format."""
 
 
+SHARED_RULES: dict[str, Rule] = {
+    "sensitivity": Choice(("loss", "hidden", "pca")),
+    "reestimations": Number(0, 10, integer=True),
+    "quantize_embeddings": Flag(),
+    "quantize_lm_head": Flag(),
+}
+"""Rules of stored fields that mean the same for all methods."""
+
+
 class DefaultBits(float):
     """The target in bits that holds if neither `bits` nor `size` is given."""
 
@@ -58,11 +67,17 @@ class VQConfig(QuantizationConfigMixin):
     nsamples: int
     seqlen: int | None
     allocation: str = "uniform"
+    sensitivity: str = "loss"
+    reestimations: int = 0
+    quantize_embeddings: bool = False
+    quantize_lm_head: bool = False
     calibration_inputs: str = "quantized"
     """"original": statistics of the unquantized model's activations, block by block."""
     finetune_steps: int = 0
     """Of layer-wise fine-tuning, for methods whose codebooks can be trained."""
     finetune_lr: float | None = None
+    weight_energies: bool = False
+    """Whether gradients are squared weight by weight, for methods that can make use of it."""
     bias_correction: bool = False
     """Whether biases take up the mean error, for methods whose format can add them to a layer."""
     method: ClassVar[str] = ""
@@ -106,6 +121,11 @@ class VQConfig(QuantizationConfigMixin):
         self.recorded: dict[str, Any] = {}
         self.unknown: dict[str, Any] = {}
         self.unstated: frozenset[str] = frozenset()
+        if self.reestimations and self.finetune_steps:
+            raise ValueError(
+                f"reestimations={self.reestimations} quantizes again from the original weights, "
+                f"which finetune_steps={self.finetune_steps} changes in part; set one of them to 0"
+            )
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:

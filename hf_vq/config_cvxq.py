@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hf_vq.config_base import DefaultBits, VQConfig, refuse_unknown
+from hf_vq.config_base import SHARED_RULES, DefaultBits, VQConfig, refuse_unknown
 from hf_vq.rules import Choice, Flag, Number, Rule
 from hf_vq.sizes import SizeRule
 
@@ -53,9 +53,19 @@ class CVXQConfig(VQConfig):
             before it put out. "original": on the original model's activations, every layer by
             itself, as in the paper; true_sequential and asymmetric_calibration then mean nothing.
         allocation: "measured": bits go to the matrices, and inside of them to the rows, where an
-            error moves the final hidden states most, found out by one backward pass over a few
+            error changes the model's predictions most, found out by one backward pass over a few
             thousand calibration tokens; "uniform": all weights count the same. `bits` holds for all
             matrices together either way.
+        sensitivity: what an error is measured by. "loss": the divergence of the model's predictions
+            from what they were; "hidden": the final hidden states (CVXQ's objective); "pca": their
+            leading principal components (CVXQ section 3).
+        weight_energies: square gradients weight by weight, as the paper does, which takes 4 bytes
+            per weight; False: row by row, and by the inputs' second moments in the columns.
+        reestimations: 0 to 10 times everything is measured again on the quantized model, and
+            quantized again.
+        quantize_embeddings: pack the token embeddings too; they share the target with the other
+            matrices. Weights tied with them are packed once and stay tied.
+        quantize_lm_head: pack the output head too; where it is tied, the embeddings with it.
         seed: 0 to 2**63-1, for the calibration windows.
         nsamples: 1 to 1,000,000 calibration windows.
         seqlen: 8 to 1,048,576 tokens per window. None: the model's context, at most 2048.
@@ -97,6 +107,8 @@ class CVXQConfig(VQConfig):
         "asymmetric_calibration": Flag(),
         "calibration_inputs": Choice(("quantized", "original")),
         "allocation": Choice(("measured", "uniform")),
+        **SHARED_RULES,
+        "weight_energies": Flag(),
         "seed": Number(0, 2**63 - 1, integer=True),
         "nsamples": Number(1, 1_000_000, integer=True),
         "seqlen": Number(8, 1_048_576, integer=True, optional=True),
@@ -115,6 +127,8 @@ class CVXQConfig(VQConfig):
         "calibration_inputs",
         "size",
         "allocation",
+        *SHARED_RULES,
+        "weight_energies",
         "seed",
         "nsamples",
         "seqlen",
@@ -142,6 +156,11 @@ class CVXQConfig(VQConfig):
         asymmetric_calibration: bool = True,
         calibration_inputs: str = "quantized",
         allocation: str = "measured",
+        sensitivity: str = "loss",
+        weight_energies: bool = False,
+        reestimations: int = 0,
+        quantize_embeddings: bool = False,
+        quantize_lm_head: bool = False,
         seed: int = 0,
         nsamples: int = 128,
         seqlen: int | None = None,
@@ -186,6 +205,11 @@ class CVXQConfig(VQConfig):
             asymmetric_calibration=asymmetric_calibration,
             calibration_inputs=calibration_inputs,
             allocation=allocation,
+            sensitivity=sensitivity,
+            weight_energies=weight_energies,
+            reestimations=reestimations,
+            quantize_embeddings=quantize_embeddings,
+            quantize_lm_head=quantize_lm_head,
             seed=seed,
             nsamples=nsamples,
             seqlen=seqlen,
@@ -212,11 +236,6 @@ class CVXQConfig(VQConfig):
             raise ValueError(
                 "bits=None leaves the size to the depths: give mean_depth, or a target in bits "
                 "from 1 to 8"
-            )
-        if self.size is not None and self.bias_correction:
-            raise ValueError(
-                f"size={self.size!r} with bias_correction, which adds biases to layers that have "
-                "none: give the target in bits instead, which counts them"
             )
         if self.bits is not None and self.mean_depth is not None and self.mean_depth >= self.bits:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hf_vq.config_base import DefaultBits, VQConfig, refuse_unknown
+from hf_vq.config_base import SHARED_RULES, DefaultBits, VQConfig, refuse_unknown
 from hf_vq.rules import Choice, Flag, Number, PowerOfTwo, Rule
 from hf_vq.sizes import SizeRule
 
@@ -52,9 +52,17 @@ class VPTQConfig(VQConfig):
         finetune_steps: 0 to 100,000 gradient steps on the codebooks of every block against its
             original output; 0: none.
         finetune_lr: learning rate of those steps, 1e-8 to 1. None: chosen by the library.
-        allocation: "measured": bits go where an error moves the final hidden states most, found out
-            by one backward pass over a few thousand calibration tokens; "uniform": all weights
+        allocation: "measured": bits go where an error changes the model's predictions most, found
+            out by one backward pass over a few thousand calibration tokens; "uniform": all weights
             count the same. `bits` holds for all matrices together either way.
+        sensitivity: what an error is measured by. "loss": the divergence of the model's predictions
+            from what they were; "hidden": the final hidden states (CVXQ's objective); "pca": their
+            leading principal components (CVXQ section 3).
+        reestimations: 0 to 10 times everything is measured again on the quantized model, and
+            quantized again.
+        quantize_embeddings: pack the token embeddings too; they share the target with the other
+            matrices. Weights tied with them are packed once and stay tied.
+        quantize_lm_head: pack the output head too; where it is tied, the embeddings with it.
         seed: 0 to 2**63-1, for the calibration windows and k-means++.
         nsamples: 1 to 1,000,000 calibration windows.
         seqlen: 8 to 1,048,576 tokens per window. None: the model's context, at most 2048.
@@ -101,6 +109,7 @@ class VPTQConfig(VQConfig):
         "finetune_steps": Number(0, 100_000, integer=True),
         "finetune_lr": Number(1e-8, 1, optional=True),
         "allocation": Choice(("measured", "uniform")),
+        **SHARED_RULES,
         "seed": Number(0, 2**63 - 1, integer=True),
         "nsamples": Number(1, 1_000_000, integer=True),
         "seqlen": Number(8, 1_048_576, integer=True, optional=True),
@@ -125,6 +134,7 @@ class VPTQConfig(VQConfig):
         "finetune_lr",
         "size",
         "allocation",
+        *SHARED_RULES,
         "seed",
         "nsamples",
         "seqlen",
@@ -157,6 +167,10 @@ class VPTQConfig(VQConfig):
         finetune_steps: int = 0,
         finetune_lr: float | None = None,
         allocation: str = "measured",
+        sensitivity: str = "loss",
+        reestimations: int = 0,
+        quantize_embeddings: bool = False,
+        quantize_lm_head: bool = False,
         seed: int = 0,
         nsamples: int = 128,
         seqlen: int | None = None,
@@ -206,6 +220,10 @@ class VPTQConfig(VQConfig):
             finetune_steps=finetune_steps,
             finetune_lr=finetune_lr,
             allocation=allocation,
+            sensitivity=sensitivity,
+            reestimations=reestimations,
+            quantize_embeddings=quantize_embeddings,
+            quantize_lm_head=quantize_lm_head,
             seed=seed,
             nsamples=nsamples,
             seqlen=seqlen,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_vq import loading
 from hf_vq.config_base import VQConfig
 from hf_vq.formats.base import LayerSpec
-from hf_vq.layers.linear import PackedLinear
+from hf_vq.tying import empty_like, swap
 
 SHARD_SIZE = "5GB"
 """Largest file of `hf-vq quantize` unless told; larger ones take fewer bytes for headers."""
@@ -78,9 +78,9 @@ class Footprint:
         self._config = config
         self._recorded = dict(recorded)
         self._linears = {
-            name: (module.weight.dtype, module.bias is not None)
+            name: (module.weight.dtype, getattr(module, "bias", None) is not None)
             for name, module in self._outline.named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, (nn.Linear, nn.Embedding))
         }
 
     def dense(self, max_shard_size: int | str = SHARD_SIZE) -> SavedSize:
@@ -95,7 +95,8 @@ class Footprint:
             dtype, bias = self._linears[name]
             layer = self._config.for_layer(name)
             bias = bias or getattr(layer, "bias_correction", False)  # which gives them one
-            self._outline.set_submodule(name, PackedLinear(spec, bias, dtype, device="meta"))
+            old = self._outline.get_submodule(name)
+            swap(self._outline, name, empty_like(old, spec, bias, dtype))
         config = copy.copy(self._config)
         config.recorded = copy.deepcopy(self._recorded)
         config.layers = loading.describe(self._outline, config.method)

@@ -16,8 +16,9 @@ from torch import nn
 
 from hf_vq.configs import VQConfig
 from hf_vq.formats import FORMATS, FormatError, LayerSpec
-from hf_vq.layers.linear import PackedLinear
+from hf_vq.layers import Packed, PackedLinear
 from hf_vq.patterns import matches
+from hf_vq.tying import empty_like, swap
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,12 @@ _DTYPES = {
 _AGAIN = "download it or quantize the model again"
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """Name -> packed layer, in the order of the model's definition."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+def packed_layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> packed linear layer or embedding, in the order of the model's definition.
+
+    Without those that hold the tensors of another one.
+    """
+    return {n: m for n, m in model.named_modules() if isinstance(m, Packed) and not m.tied_to}
 
 
 class Layers(NamedTuple):
@@ -83,14 +87,16 @@ def find_layers(model: nn.Module, config: VQConfig, dtype: str = "float16") -> L
             entries[name] = name, entry
     found = {}
     for here, (name, entry) in entries.items():
-        module = model.get_submodule(here)
-        if type(module) is not nn.Linear:
+        listed: Any = model.get_submodule(here)
+        if type(listed) not in (nn.Linear, nn.Embedding):
             raise FormatError(
                 f"{name}: config.json lists it as packed, but in {type(model).__name__} it is a "
-                f"{type(module).__name__}, not a linear layer; the config belongs to another model"
+                f"{type(listed).__name__}, not a linear layer; the config belongs to another model"
             )
-        spec = known.make_spec(module.out_features, module.in_features, entry, name, dtype)
-        found[here] = spec, known.has_bias(entry, module.bias is not None)
+        bias = getattr(listed, "bias", None) is not None
+        rows, columns = listed.weight.shape
+        spec = known.make_spec(rows, columns, entry, name, dtype)
+        found[here] = spec, known.has_bias(entry, bias)
     if not found:
         raise FormatError(
             f"config.json lists {len(recorded) or len(shared)} packed layers (first: "
@@ -118,7 +124,7 @@ def swap_in_empty(model: nn.Module, config: VQConfig, compute_dtype: Any) -> Non
     dtype = str(compute_dtype).removeprefix("torch.") if compute_dtype else "float16"
     layers = find_layers(model, config, dtype)
     for name, (spec, bias) in layers.found.items():
-        model.set_submodule(name, PackedLinear(spec, bias, compute_dtype, device="meta"))
+        swap(model, name, empty_like(model.get_submodule(name), spec, bias, compute_dtype))
     if layers.absent:
         logger.warning(
             "%s has no %s and %d more of the packed layers in the checkpoint; they are not loaded",
@@ -184,7 +190,7 @@ def verify_files(
     """
     layers = packed_layers(model)
     format_names = {n for layer in layers.values() for n in layer.spec.layout()}
-    dense = {n for n, m in model.named_modules() if type(m) is nn.Linear}
+    dense = {n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding)}
     found: dict[str, dict[str, _Stored]] = {name: {} for name in layers}
     paths = [f for f in files if f.endswith(".safetensors")]
     if not paths:
@@ -204,7 +210,8 @@ def verify_files(
         layer = _as_stored(model, name, layers[name], stored)
         for leaf, entry in stored.items():
             _check_entry(name, leaf, entry, layer)
-        wanted = [*layer.spec.layout(), *(["bias"] if layer.bias is not None else [])]
+        bias = getattr(layer, "bias", None)
+        wanted = [*layer.spec.layout(), *(["bias"] if bias is not None else [])]
         missing = [leaf for leaf in wanted if leaf not in stored]
         if missing:
             names = ", ".join(os.path.basename(p) for p in paths)
@@ -223,16 +230,14 @@ def _splits(key: str) -> Iterator[tuple[str, str]]:
         yield key[:at], key[at + 1 :]
 
 
-def _as_stored(
-    model: nn.Module, name: str, layer: PackedLinear, stored: Mapping[str, _Stored]
-) -> PackedLinear:
+def _as_stored(model: nn.Module, name: str, layer: Any, stored: Mapping[str, _Stored]) -> Any:
     dtypes = {leaf: entry.dtype for leaf, entry in stored.items()}
     spec = FORMATS[layer.spec.method].as_stored(layer.spec, dtypes)
     if spec == layer.spec:
         return layer
-    layer = PackedLinear(spec, layer.bias is not None, layer.compute_dtype, device="meta")
-    model.set_submodule(name, layer)
-    return layer
+    bias = getattr(layer, "bias", None) is not None
+    swap(model, name, empty_like(layer, spec, bias, layer.compute_dtype))
+    return model.get_submodule(name)
 
 
 def _header(path: str) -> list[tuple[str, tuple[int, ...], str]]:
@@ -247,8 +252,8 @@ def _header(path: str) -> list[tuple[str, tuple[int, ...], str]]:
         raise FormatError(f"{path} is no complete safetensors file ({error}); {_AGAIN}") from None
 
 
-def _check_entry(name: str, leaf: str, stored: _Stored, layer: PackedLinear) -> None:
-    if leaf == "bias" and layer.bias is not None:
+def _check_entry(name: str, leaf: str, stored: _Stored, layer: Any) -> None:
+    if leaf == "bias" and getattr(layer, "bias", None) is not None:
         wanted_shape: tuple[int, ...] = (layer.out_features,)
         wanted_dtype = stored.dtype  # a bias takes the model's dtype
     elif leaf in layer.spec.layout():
@@ -282,7 +287,7 @@ def finish(model: nn.Module) -> None:
             tensor.requires_grad_(False)
 
 
-def _modernize(model: nn.Module, name: str, layer: PackedLinear) -> None:
+def _modernize(model: nn.Module, name: str, layer: Any) -> None:
     known, tensors = FORMATS[layer.spec.method], layer.packed()
     if known.is_current(layer.spec):
         return
@@ -293,7 +298,7 @@ def _modernize(model: nn.Module, name: str, layer: PackedLinear) -> None:
         )
     modern, spec = known.modernize(tensors, layer.spec)
     bias = None if layer.bias is None else layer.bias.detach()
-    new = PackedLinear.from_packed(spec, modern, bias, layer.compute_dtype, name)
+    new: Any = PackedLinear.from_packed(spec, modern, bias, layer.compute_dtype, name)
     new.train(layer.training)
     if hasattr(layer, "_hf_hook"):  # it moves inputs to the layer's device
         from accelerate.hooks import add_hook_to_module
@@ -306,5 +311,8 @@ def describe(model: nn.Module, method: str) -> Any:
     """The packed layers of a model as the config of `method` lists them."""
     layers = packed_layers(model)
     return FORMATS[method].write_layers(
-        {name: (layer.spec, layer.bias is not None) for name, layer in layers.items()}
+        {
+            name: (layer.spec, getattr(layer, "bias", None) is not None)
+            for name, layer in layers.items()
+        }
     )

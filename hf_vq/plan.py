@@ -23,6 +23,7 @@ from hf_vq.origin import provenance
 from hf_vq.patterns import matches
 from hf_vq.registry import get_method
 from hf_vq.sizing import SizeError, fit_size
+from hf_vq.tying import tied_modules
 
 _MIN_WEIGHTS = 1024
 """Smaller matrices stay dense: a codebook would cost as much as they do."""
@@ -98,13 +99,15 @@ class Plan:
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     size: SavedSize | None = None  # of the files, where a size was asked for
 
-    def as_packed(self, sizes: Mapping[str, int]) -> Plan:
-        """The plan with the bytes that every matrix really takes: some methods leave a few."""
+    def as_packed(self, sizes: Mapping[str, int], layers: Mapping[str, LayerSpec]) -> Plan:
+        """The plan with what every matrix has become, and its bytes: some methods leave a few."""
         rows = [
             row._replace(bytes=(size := sizes.get(row.name, row.bytes)), bits=8 * size / row.params)
             for row in self._rows
         ]
-        return replace(self, _rows=rows)
+        return replace(
+            self, _rows=rows, layers={n: layers.get(n, s) for n, s in self.layers.items()}
+        )
 
     def ledger(self) -> Ledger:
         """The exact size of every matrix and of the model."""
@@ -164,7 +167,7 @@ def make_plan(
         matrices.append((label, param))
         if layer is not None:
             wanted[label] = Wanted(tuple(param.shape), layer)
-            if layer.bias_correction and model.get_submodule(owner).bias is None:
+            if layer.bias_correction and getattr(model.get_submodule(owner), "bias", param) is None:
                 added[label] = param.shape[0] * param.element_size()
         else:
             dense[label] = reason
@@ -216,13 +219,22 @@ def measured_plan(
 
     if recorded is None:
         recorded = provenance(config, getattr(model, "name_or_path", ""), samples)
-    found = stored(config.measurement, plan.layers, recorded["base_model"])
+    asked = (config.sensitivity, config.weight_energies)
+    found = stored(config.measurement, plan.layers, recorded["base_model"], asked)
     if found is None:
         if samples is None:
             return plan
         device = calibration_device(config.calibration_device)
         found = measured(
-            config.measurement, model, plan.layers, samples, device, config.seed, recorded
+            config.measurement,
+            model,
+            plan.layers,
+            samples,
+            device,
+            config.seed,
+            recorded,
+            config.sensitivity,
+            config.weight_energies,
         )
     new = make_plan(model, config, found.gains, recorded)
     return replace(new, rows=found.rows, checked=plan.checked)
@@ -249,7 +261,7 @@ def _reasons(model: nn.Module, config: VQConfig) -> dict[str, str]:
     """Module name -> why its weight stays dense, "" if it is to be quantized."""
     blocks = tuple(f"{name}." for name in find_blocks(model))
     tied = _tied_modules(model)
-    head = _output_embeddings(model)
+    head, embedding = _output_embeddings(model), _input_embeddings(model)
     skip = config.modules_to_not_convert or []
     # Transformers would load the scales of a packed layer there in float32
     wide = [
@@ -263,17 +275,18 @@ def _reasons(model: nn.Module, config: VQConfig) -> dict[str, str]:
         if not isinstance(weight, nn.Parameter):
             continue
         listed = next((p for p in skip if matches(p, name)), None)
-        if isinstance(module, nn.Embedding):
-            out[name] = "an embedding"
-        elif module is head:
-            out[name] = "the output head"
-        elif name in tied:
+        end = module is head or module is embedding
+        if isinstance(module, nn.Embedding) and module is not embedding:
+            out[name] = "an embedding of something else than tokens"
+        elif end and not (_asked_for(config, module is head, name in tied)):
+            out[name] = "the output head" if module is head else "an embedding"
+        elif name in tied and not (end and _ends_tied(model)):
             out[name] = "tied to another weight"
-        elif type(module) is not nn.Linear:
-            out[name] = f"a {type(module).__name__}, not a plain nn.Linear"
+        elif type(module) not in (nn.Linear, nn.Embedding):
+            out[name] = f"a {type(module).__name__}, not a plain nn.Linear or nn.Embedding"
         elif any(matches(key, name) for key in wide):
             out[name] = "kept in float32 by the model"
-        elif not name.startswith(blocks or ("\0",)):
+        elif not (end or name.startswith(blocks or ("\0",))):
             out[name] = "outside the decoder blocks"
         elif listed is not None:
             out[name] = f"listed in modules_to_not_convert ({listed!r})"
@@ -291,6 +304,25 @@ def _unsupported(name: str, param: torch.Tensor) -> str:
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     return get() if get is not None else None
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_input_embeddings", None)
+    return get() if get is not None else None
+
+
+def _asked_for(config: VQConfig, is_head: bool, tied: bool) -> bool:
+    """Whether `config` wants this end of the model packed; tied ends are one matrix."""
+    if tied:
+        return config.quantize_embeddings or config.quantize_lm_head
+    return config.quantize_lm_head if is_head else config.quantize_embeddings
+
+
+def _ends_tied(model: nn.Module) -> bool:
+    """Whether the head is tied to the embedding, and nothing else to either."""
+    ends = {id(_output_embeddings(model)), id(_input_embeddings(model))}
+    pairs = tied_modules(model).items()
+    return all({id(model.get_submodule(n)) for n in pair} == ends for pair in pairs)
 
 
 def _tied_targets(model: nn.Module) -> set[str]:
@@ -312,7 +344,8 @@ def _tied_modules(model: nn.Module) -> set[str]:
 def _check_patterns(model: nn.Module, config: VQConfig) -> None:
     """Refuse a pattern that picks no module: it is a typing error, or it is for another model."""
     names = [name for name, _ in model.named_modules() if name]
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    kinds = (nn.Linear, nn.Embedding) if config.quantize_embeddings else nn.Linear
+    linears = [n for n, m in model.named_modules() if isinstance(m, kinds)]
     for where, patterns in (
         ("overrides", list(config.overrides)),
         ("modules_to_not_convert", config.modules_to_not_convert or []),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 from contextlib import ExitStack
 from typing import Any
@@ -21,8 +22,13 @@ from hf_vq import dispatch, loading
 from hf_vq.configs import VQConfig
 from hf_vq.origin import provenance
 from hf_vq.registry import get_method
+from hf_vq.tying import make_dense
+
+logger = logging.getLogger(__name__)
 
 REPORT_NAME = "quantization_report.json"
+EVALUATION_NAME = "evaluation.json"
+"""What `hf-vq eval` measured, and of which weights."""
 
 
 class VQHfQuantizer(HfQuantizer):
@@ -48,6 +54,7 @@ class VQHfQuantizer(HfQuantizer):
             self.quantization_config = copy.deepcopy(quantization_config)
         self.compute_dtype: torch.dtype | None = None
         self.report: dict[str, Any] | None = None
+        self.evaluation: dict[str, Any] | None = None
         # set by `hf_vq.saving` while it saves
         self.report_folder: str | None = None
         self.state_dict: dict[str, Any] | None = None
@@ -56,6 +63,8 @@ class VQHfQuantizer(HfQuantizer):
         self._model: nn.Module | None = None
         self._plan: Any = None
         self._samples: torch.Tensor | None = None
+        # whether `hf_vq.tuning.codebooks` has made the codebooks trainable
+        self.trains_codebooks = False
 
     # -- before the weights -------------------------------------------------------------
 
@@ -118,8 +127,10 @@ class VQHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return self._quantize(model)
         loading.finish(model)
+        _prepare_for_peft(model)
         _forget_nested_config(model.config)
-        self.report = _read_report(self._files)
+        self.report = _read_beside(self._files, REPORT_NAME)
+        self.evaluation = _read_beside(self._files, EVALUATION_NAME)
         if self.quantization_config.dequantize:
             return self._dequantize(model, self.compute_dtype)
         return model
@@ -144,26 +155,26 @@ class VQHfQuantizer(HfQuantizer):
                 # to the byte, now that it is known how the calibration will be described
                 recorded = self._provenance(model)
                 self._plan = make_plan(model, self.quantization_config, recorded=recorded)
-            stored(self.quantization_config.measurement, self._plan.layers)
+            config = self.quantization_config
+            asked = (config.sensitivity, config.weight_energies)
+            stored(config.measurement, self._plan.layers, asked=asked)
 
     def _provenance(self, model: Any) -> dict[str, Any]:
         return provenance(self.quantization_config, model.name_or_path, self._samples, self._files)
 
     def _quantize(self, model: Any) -> Any:
-        from hf_vq.engine.report import Reporter
-        from hf_vq.engine.run import quantize_model
-        from hf_vq.plan import measured_plan
+        from hf_vq.engine.whole import quantize_whole
 
         config, samples = self.quantization_config, self._samples
-        plan = measured_plan(model, config, samples, self._plan, self._provenance(model))
+        recorded, planned = self._provenance(model), self._plan
         self._plan = self._samples = None
-        reporter = Reporter()
-        plan = plan.as_packed(quantize_model(model, plan, samples, config, reporter))
+        plan, reporter = quantize_whole(model, config, samples, planned, recorded)
         record(config, model, samples, self._files)
         self.report = {**reporter.to_dict(), "ledger": plan.ledger().to_dict(), "dense": plan.dense}
         if plan.gains is not None:
             self.report["gains"] = dict(plan.gains)
         self.pre_quantized = True
+        _prepare_for_peft(model)
         dispatch.dispatch(model, self._device_map, config.max_memory, config.offload_folder)
         return model
 
@@ -176,8 +187,15 @@ class VQHfQuantizer(HfQuantizer):
             with ExitStack() as stack:
                 for part in layer.modules():  # brings offloaded tensors back for the moment
                     stack.enter_context(align_module_device(part))
-                model.set_submodule(name, layer.to_linear(wanted))
+                make_dense(model, name, wanted)
+        model.__dict__.pop("hqq_quantized", None)
+        _warn_of_added_biases(model, self.quantization_config)
         return model
+
+    def forget_if_dense(self, model: Any) -> None:
+        """Make `model` an ordinary one if its last packed layer has been replaced."""
+        if not loading.packed_layers(model):
+            self.dequantize(model)
 
     # -- saving -------------------------------------------------------------------------
 
@@ -192,10 +210,12 @@ class VQHfQuantizer(HfQuantizer):
             model.config.__dict__.pop("quantization_config", None)
             return self.state_dict, {}
         model.config.quantization_config = config
-        if self.report is not None and self.report_folder is not None:
-            with open(os.path.join(self.report_folder, REPORT_NAME), "w", encoding="utf-8") as file:
-                json.dump(self.report, file, indent=2)
-                file.write("\n")
+        kept = {REPORT_NAME: self.report, EVALUATION_NAME: self.evaluation}
+        for name, content in kept.items():
+            if content is not None and self.report_folder is not None:
+                with open(os.path.join(self.report_folder, name), "w", encoding="utf-8") as file:
+                    json.dump(content, file, indent=2)
+                    file.write("\n")
         # no metadata for the files: safetensors writes several entries in random order, and the
         # same model must give the same bytes
         return self.state_dict, {}
@@ -206,6 +226,10 @@ class VQHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.trains_codebooks
 
     @property
     def is_compileable(self) -> bool:
@@ -236,6 +260,36 @@ def check_sample_size(samples: torch.Tensor | None, plan: Any) -> None:
         )
 
 
+def _warn_of_added_biases(model: Any, config: VQConfig) -> None:
+    """Biases that quantization has added have no place in the model's own files: say so."""
+    if not config.bias_correction:
+        return
+    architecture = copy.deepcopy(model.config)
+    architecture.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(model)(architecture)
+    known = {name for name, _ in plain.named_parameters()}
+    added = [n for n, _ in model.named_parameters() if n.endswith(".bias") and n not in known]
+    if added:
+        logger.warning(
+            "%d layers of this dense model (first: %s) have biases from bias_correction that %s "
+            "has no place for: saved and loaded again it loses them; keep the packed files",
+            len(added),
+            added[0].removesuffix(".bias"),
+            type(model).__name__,
+        )
+
+
+def _prepare_for_peft(model: Any) -> None:
+    """Let `prepare_model_for_kbit_training` take the model for a quantized one.
+
+    PEFT knows quantized models by a list of names, and of any other casts all 16-bit parameters to
+    float32, codebooks too, and leaves gradient checkpointing off. This is the one of its flags that
+    is looked at nowhere else.
+    """
+    model.hqq_quantized = True
+
+
 def _forget_nested_config(config: Any) -> None:
     """A multimodal model may keep its quantization_config with its text model: one is enough.
 
@@ -257,11 +311,12 @@ def _refuse_sharded_loading() -> None:
         )
 
 
-def _read_report(files: list[str]) -> dict[str, Any] | None:
-    path = os.path.join(os.path.dirname(files[0]), REPORT_NAME) if files else ""
+def _read_beside(files: list[str], name: str) -> dict[str, Any] | None:
+    """The JSON object `name` in the folder of these files; None where there is none."""
+    path = os.path.join(os.path.dirname(files[0]), name) if files else ""
     try:
         with open(path, encoding="utf-8") as file:
-            report = json.load(file)
+            content = json.load(file)
     except (OSError, ValueError):
         return None
-    return report if isinstance(report, dict) else None
+    return content if isinstance(content, dict) else None

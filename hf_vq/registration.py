@@ -7,12 +7,15 @@ import inspect
 import os
 from typing import Any
 
+import torch
 import transformers.quantizers.auto as auto
 from transformers.utils import logging
 
 from hf_vq import formats
+from hf_vq.layers.packed import Packed, PackedTable
 from hf_vq.quantizer import VQHfQuantizer
 from hf_vq.registry import METHODS
+from hf_vq.tuning.hook import wrap_peft
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +46,34 @@ def register() -> None:
         )
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, config)  # type: ignore[assignment]
     _wrap_save_pretrained()
+    _wrap_push_to_hub()
     _wrap_config_from_dict()
+    _wrap_dtype()
+    wrap_peft()
+
+
+def _wrap_dtype() -> None:
+    """Let a model whose embedding is packed have the dtype it computes in.
+
+    Transformers takes the first floating parameter's, which would be that of a scale; every model
+    without packed layers has the one it had.
+    """
+    from transformers.modeling_utils import ModuleUtilsMixin
+
+    original: Any = ModuleUtilsMixin.dtype
+    if getattr(original.fget, "_hf_vq_wrapped", False):
+        return
+
+    def dtype(self: Any) -> torch.dtype:
+        for module in self.modules():
+            if not isinstance(module, (Packed, PackedTable)):
+                for parameter in module._parameters.values():
+                    if parameter is not None and parameter.is_floating_point():
+                        return parameter.dtype
+        return original.fget(self)
+
+    dtype._hf_vq_wrapped = True  # type: ignore[attr-defined]
+    ModuleUtilsMixin.dtype = property(dtype, doc=original.__doc__)  # type: ignore[assignment,method-assign]
 
 
 def _wrap_config_from_dict() -> None:
@@ -90,6 +120,30 @@ def _wrap_save_pretrained() -> None:
 
     save_pretrained._hf_vq_wrapped = True  # type: ignore[attr-defined]
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _wrap_push_to_hub() -> None:
+    """Let packed models be published by `hf_vq.hub.push`; every other model as before.
+
+    Transformers writes a card of its own over whatever `save_pretrained` has written.
+    """
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.push_to_hub
+    if getattr(original, "_hf_vq_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if args or not _saves_here(self, "", kwargs):
+            return original(self, repo_id, *args, **kwargs)
+        from hf_vq.hub.push import push_model
+
+        tags = [*(self.model_tags or ()), *(kwargs.pop("tags", None) or ())]
+        return push_model(self, repo_id, tags=tags, **kwargs)
+
+    push_to_hub._hf_vq_wrapped = True  # type: ignore[attr-defined]
+    PreTrainedModel.push_to_hub = push_to_hub  # type: ignore[method-assign,assignment]
 
 
 def _saves_here(model: Any, save_directory: Any, kwargs: dict[str, Any]) -> bool:

@@ -17,12 +17,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from hf_vq.hub.card import write_card
+from hf_vq.hub.push import push_folder
+from hf_vq.hub.record import drop_stale
 
 _WEIGHTS = re.compile(
     r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?"
     r"|pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?"
 )
 """Weight files that must not survive beside others: loaders would pick the wrong ones."""
+
+
+_PUSHING = (
+    *("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description"),
+    "tags",
+)
 
 
 def save_atomically(
@@ -37,9 +45,8 @@ def save_atomically(
     # a link is followed, so that its target gets the files
     target = os.path.realpath(os.fspath(save_directory))
     existed = os.path.isdir(target)
-    if kwargs.get("push_to_hub"):
-        # the default is the folder's name, which here would be the temporary one's
-        kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))
+    push = _push_options(kwargs, os.path.basename(os.path.normpath(os.fspath(save_directory))))
+    source = model.name_or_path
     with _staging_folder(target) as staging:
         files = os.path.join(staging, "new")
         os.mkdir(files)
@@ -47,18 +54,28 @@ def save_atomically(
         quantizer.report_folder, quantizer.state_dict = files, kwargs.get("state_dict")
         try:
             result = save(model, files, **kwargs)
-            write_card(files, unless_in=target)
+            drop_stale(files)  # the model may have been trained since it was evaluated
+            write_card(files, unless_in=target, base_folder=source or None)
         finally:
             quantizer.report_folder = quantizer.state_dict = None
-        card = os.path.join(files, "README.md")
-        if os.path.exists(os.path.join(target, "README.md")) and os.path.exists(card):
-            os.unlink(card)  # an upload wrote the remote card here; the user's own stays
         _flush(files)
         if existed:
             _move_in(files, target, os.path.join(staging, "old"))
         else:
             os.rename(files, target)
+    if push is not None:  # what is published is what was saved
+        push_folder(target, base_folder=source or None, **push)
     return result
+
+
+def _push_options(kwargs: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """What of `save_pretrained`'s options is about publishing, taken out; None: nothing."""
+    options = {key: kwargs.pop(key) for key in _PUSHING if key in kwargs}
+    if not kwargs.pop("push_to_hub", False):
+        return None
+    options.setdefault("repo_id", name)
+    options["token"] = kwargs.get("token")
+    return options
 
 
 @contextmanager

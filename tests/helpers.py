@@ -25,7 +25,9 @@ def random_gptvq(spec: GPTVQSpec, seed: int = 0) -> GPTVQCodes:
         if spec.svd_rank
         else (*groups, spec.num_centroids, spec.vector_dim)
     )
-    if spec.codebook_dtype == "float16":
+    if spec.codebook_dtype == "float32":
+        books = normal(*stored)
+    elif spec.codebook_dtype == "float16":
         books = normal(*stored).half().float()
     else:
         top = {"int8": 127, "int4": 7}[spec.codebook_dtype]
@@ -53,6 +55,7 @@ ODD_SPECS: dict[str, GPTVQSpec] = {
     "8d-float16-log": GPTVQSpec(5, 43, 8, 9, 2, 16, "float16", 16),
     "1d-one-row": GPTVQSpec(11, 172, 1, 5, 1, 86),
     "1d-svd-int8": GPTVQSpec(11, 70, 1, 8, 1, 33, svd_rank=3),
+    "2d-float32": GPTVQSpec(30, 41, 2, 16, 7, 20, "float32"),
     "1d-svd-float16-log": GPTVQSpec(11, 70, 1, 7, 4, 33, "float16", 5, "log", 2),
     "one-weight": GPTVQSpec(1, 1, 1, 2, 1, 1),
 }
@@ -71,7 +74,7 @@ def gptvq_specs(draw: st.DrawFn) -> GPTVQSpec:
         num_centroids=num_centroids,
         group_rows=draw(st.integers(1, 24)),
         group_columns=vector_dim * draw(st.integers(1, 30)),
-        codebook_dtype=draw(st.sampled_from(["int8", "float16"] + ["int4"] * (not svd))),
+        codebook_dtype=draw(st.sampled_from(["int8", "float16", "float32"] + ["int4"] * (not svd))),
         scale_block=vector_dim * draw(st.integers(0, 16)),
         scale_domain=draw(st.sampled_from(["log", "linear"])),
         svd_rank=draw(st.integers(1, min(num_centroids, 6))) if svd else 0,

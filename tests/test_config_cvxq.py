@@ -29,7 +29,6 @@ from hf_vq.config_cvxq import CVXQConfig
         ({"damping": 2}, "from 0 to 1"),
         ({"bias_correction": None}, "True or False"),
         ({"calibration_inputs": "both"}, "'quantized', 'original'"),
-        ({"bits": None, "size": "1GB", "bias_correction": True}, "adds biases"),
         ({"vector_dim": 2}, "no field 'vector_dim'"),
         ({"overrides": {"q_proj": {"allocation": "uniform"}}}, "cannot differ between layers"),
     ],

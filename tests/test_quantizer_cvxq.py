@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_vq.cli import app
 from hf_vq.config_cvxq import CVXQConfig
+from hf_vq.config_vptq import VPTQConfig
 from hf_vq.hub.checkpoint import read_checkpoint
 from hf_vq.loading import packed_layers
 from tests.models import DISK, PROMPT, load, logits, tiny, tokens
@@ -151,6 +152,33 @@ def test_bias_correction(dense, tmp_path, kind):
     assert ledger["packed_bytes"] == checkpoint.packed_bytes
     files = load_file(tmp_path / "once" / "model.safetensors")
     assert ledger["model_bytes"] == sum(t.nbytes for t in files.values())
+
+
+def test_added_biases_of_a_dense_model_are_warned_of(dense, caplog):
+    config = CVXQConfig(3, dataset=tokens(8), bias_correction=True, **QUICK)
+    for kind, lost in (("llama", True), ("llama-bias", False)):
+        caplog.clear()
+        model = load(dense(kind), quantization_config=config).dequantize()
+        assert ("14 layers of this dense model" in caplog.text) == lost
+        assert model.model.layers[0].mlp.up_proj.bias is not None
+
+
+@pytest.mark.parametrize("weight_energies", [False, True])
+def test_measured_again_on_the_quantized_model(dense, weight_energies):
+    config = CVXQConfig(
+        3, dataset=tokens(8), reestimations=1, weight_energies=weight_energies,
+        quantize_embeddings=True, **QUICK
+    )  # fmt: skip
+    once = CVXQConfig(3, dataset=tokens(8), quantize_embeddings=True, **QUICK)
+    again = load(dense("llama-tied"), quantization_config=config)
+    plain = load(dense("llama-tied"), quantization_config=once)
+    assert not torch.equal(logits(again), logits(plain))
+    assert again.hf_quantizer.report["gains"] != plain.hf_quantizer.report["gains"]
+    assert len(again.hf_quantizer.report["matrices"]) == len(packed_layers(again))
+    head, embedding = again.get_output_embeddings(), again.get_input_embeddings()
+    assert head.qweight is embedding.qweight
+    with pytest.raises(ValueError, match="set one of them to 0"):
+        VPTQConfig(reestimations=1, finetune_steps=2)
 
 
 def test_bad_input_is_refused(cvxq, dense, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from hf_vq.quantizer import REPORT_NAME
 from tests.models import packed, tiny, tokens
@@ -235,47 +235,6 @@ def test_file_in_the_way(new, tmp_path):
     path.write_text("mine")
     new.save_pretrained(path)  # Transformers logs an error and returns
     assert path.read_text() == "mine"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Records what would be uploaded: repository -> names of the files in the commit."""
-    import types
-
-    uploads = {}
-
-    class Api:
-        def create_repo(self, repo_id, **kwargs):
-            return types.SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload(self, working_dir, repo_id, files_timestamps, **kwargs):
-        uploads[repo_id] = {
-            f: Path(working_dir, f).read_bytes()
-            for f in os.listdir(working_dir)
-            if f not in files_timestamps
-            or os.path.getmtime(os.path.join(working_dir, f)) > files_timestamps[f]
-        }
-
-    class Card:
-        def save(self, path):
-            with open(path, "w") as file:
-                file.write("remote card")
-
-    monkeypatch.setattr("transformers.modeling_utils.hf_api", Api)
-    monkeypatch.setattr(
-        "transformers.modeling_utils.create_and_tag_model_card", lambda *a, **k: Card()
-    )
-    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
-    return uploads
-
-
-def test_push_to_hub_uploads_the_model_under_the_folders_name(new, target, hub):
-    new.save_pretrained(target, push_to_hub=True)
-    assert set(hub) == {"me/model"}
-    assert {"config.json", "model.safetensors", REPORT_NAME} <= set(hub["me/model"])
-    assert (target / "README.md").read_text() == "mine"
-    new.save_pretrained(target, push_to_hub=True, repo_id="other")
-    assert "me/other" in hub
 
 
 def test_other_models_are_saved_as_before(tmp_path, monkeypatch):

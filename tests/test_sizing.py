@@ -109,7 +109,7 @@ def test_room_for_a_context(dense):
     limit = bits_to_bytes("llama", GPTVQConfig(), 4.0)
     memory = limit + beside.cache + beside.activations
     fits = plan_model(dense("llama"), GPTVQConfig(size=f"fits:{memory}@100"))
-    assert fits.layers == plan_model(dense("llama"), GPTVQConfig(size=limit)).layers
+    assert limit * (1 - TOLERANCE) <= fits.size.total <= limit
 
 
 @pytest.mark.parametrize(

@@ -323,3 +323,14 @@ def twin(block: nn.Module) -> nn.Module:
     """A copy of the modules that shares every parameter and buffer, so that it costs no memory."""
     shared = {id(t): t for t in (*block.parameters(), *block.buffers())}
     return copy.deepcopy(block, shared)
+
+
+@contextmanager
+def placed(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have `block` on `device` for the moment."""
+    home = next(block.parameters()).device
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to(home)

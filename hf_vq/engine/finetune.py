@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_vq.engine.blocks import first_output, twin
+from hf_vq.formats import FORMATS
+from hf_vq.formats.trainable import trained_names
 from hf_vq.layers import PackedLinear
 
 logger = logging.getLogger(__name__)
@@ -112,21 +114,14 @@ def _trainable_copy(
     Nothing of it is shared with `block`, whose parameters keep their dtype and their gradients.
     """
     model = twin(block)
-    packed = []
+    packed = list(layers)
     for name, layer in layers.items():
-        spec = layer.spec.trainable
-        if spec is not None:
-            packed.append(name)
-        spec = spec or layer.spec
-        tensors = {
-            key: layer.packed()[key].detach().to(device, stored.dtype, copy=True)
-            for key, stored in spec.layout().items()
-        }
+        tensors, spec = FORMATS[layer.spec.method].widen(layer.packed(), layer.spec)
+        tensors = {key: tensor.detach().to(device, copy=True) for key, tensor in tensors.items()}
         bias = None if layer.bias is None else layer.bias.detach().to(device)
         wide = PackedLinear.from_packed(spec, tensors, bias, torch.float32, where=name)
-        if spec is not layer.spec:
-            for tensor in wide.packed().values():
-                tensor.requires_grad_(tensor.is_floating_point())
+        for key in trained_names(spec):
+            wide.packed()[key].requires_grad_(True)
         model.set_submodule(name, wide)
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
@@ -188,10 +183,10 @@ def _stored(
     for name in packed:
         trained = model.get_submodule(name)
         assert isinstance(trained, PackedLinear)
-        tensors[name] = {
-            key: trained.packed()[key].detach().to("cpu", stored.dtype)
-            for key, stored in layers[name].spec.layout().items()
-        }
+        values = {key: tensor.detach().cpu() for key, tensor in trained.packed().items()}
+        layer = layers[name]
+        before = {key: tensor.detach().cpu() for key, tensor in layer.packed().items()}
+        tensors[name] = FORMATS[layer.spec.method].narrow(values, before, layer.spec)
     other = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()

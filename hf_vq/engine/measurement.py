@@ -27,12 +27,16 @@ class MeasurementError(ValueError):
 
 
 def stored(
-    path: str | None, layers: Mapping[str, LayerSpec], model: str | None = None
+    path: str | None,
+    layers: Mapping[str, LayerSpec],
+    model: str | None = None,
+    asked: tuple[str, bool] | None = None,
 ) -> Sensitivities | None:
     """What the file says about `layers`; None where there is no such file (or no path).
 
-    model: the Hub id of the original, where known. Raises `MeasurementError` if the file cannot be
-    read, is of another model (by its id, or by the names and shapes of matrices), or lacks one.
+    model: the Hub id of the original, where known. asked: `sensitivity` and `weight_energies` of
+    the config. Raises `MeasurementError` if the file cannot be read, is of another model (by its
+    id, or by the names and shapes of matrices), lacks one, or says something else than `asked`.
     """
     if path is None or not os.path.exists(path):
         return None
@@ -49,6 +53,12 @@ def stored(
     known = about.get("base_model")
     if model is not None and known is not None and model != known:
         raise MeasurementError(f"{path} was measured on {known}, not on {model}; name another file")
+    has = (about.get("sensitivity", "hidden"), bool(about.get("weight_energies")))
+    if asked is not None and asked != has:
+        raise MeasurementError(
+            f"{path} was measured with sensitivity={has[0]!r} and weight_energies={has[1]}, not "
+            f"{asked[0]!r} and {asked[1]}; name another file, or ask for the same"
+        )
     for name, spec in layers.items():
         shape = [spec.out_features, spec.in_features]
         if shapes.get(name) != shape:
@@ -71,17 +81,21 @@ def measured(
     device: torch.device,
     seed: int,
     recorded: Mapping[str, Any],
+    objective: str = "loss",
+    by_weight: bool = False,
 ) -> Sensitivities:
     """Measure, and write the file if a `path` is given; nothing is left of one half written.
 
     recorded: what the file says about where it comes from (`hf_vq.origin.provenance`). The rest as
     in `hf_vq.engine.sensitivity.measure`.
     """
-    found = measure(model, list(layers), samples, device, seed)
+    found = measure(model, list(layers), samples, device, seed, objective, by_weight)
     if path is None:
         return found
     about = {
         **recorded,
+        "sensitivity": objective,
+        "weight_energies": by_weight,
         "gains": found.gains,
         "shapes": {n: [s.out_features, s.in_features] for n, s in layers.items()},
     }

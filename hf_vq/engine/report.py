@@ -123,11 +123,13 @@ class Reporter:
     def to_dict(self) -> dict[str, Any]:
         """All of it, as plain JSON values."""
         from hf_vq import __version__
+        from hf_vq.environment import environment
 
         tuned = {"fine_tuned": [dict(t) for t in self._tuned]} if self._tuned else {}
         return {
             "hf_vq_version": __version__,
             "torch_version": torch.__version__,
+            "environment": environment(),
             "bits": self._bits(),
             "seconds": round(self._seconds, 3),
             "peak_memory_bytes": dict(self._memory.peaks),

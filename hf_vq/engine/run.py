@@ -31,14 +31,16 @@ from hf_vq.engine.blocks import (
     move,
     twin,
 )
+from hf_vq.engine.ends import final_statistics, find_ends
 from hf_vq.engine.finetune import tune_block
-from hf_vq.engine.memory import release
 from hf_vq.formats import FORMATS
 from hf_vq.formats.base import LayerSpec
-from hf_vq.layers import PackedLinear
-from hf_vq.methods.feedback import bias_correction, correction
+from hf_vq.layers import PackedEmbedding, PackedLinear
+from hf_vq.memory import RESULT, own_pages, release
+from hf_vq.methods.feedback import all_finite, bias_correction, correction
 from hf_vq.methods.statistics import HessianAccumulator, Statistics
 from hf_vq.registry import get_method
+from hf_vq.tying import swap
 
 # Values of the widest activation per forward pass: enough to keep a matrix product busy, few enough
 # not to outweigh a block. One sequence is the least.
@@ -47,6 +49,8 @@ _VALUES_PER_BATCH = 1 << 21
 _SHRINKAGE = 8
 # Weights in a matrix below which a second CPU thread costs more than it brings.
 _WEIGHTS_PER_THREAD = 1 << 18
+# Weights in the largest matrix from which its arrays get pages of their own.
+_WORTH_PAGES = 1 << 20
 # Hidden size up to which the outputs of norms are kept as well: in a narrow model they take a good
 # part of the time, in a wide one more memory than the weights.
 _NARROW = 512
@@ -69,7 +73,9 @@ def quantize_model(
     reporter.start(len(plan.layers), sum(s.num_weights for s in plan.layers.values()))
     try:
         worker = _Worker(model, plan, config, reporter)
-        with _enough_threads(max(s.num_weights for s in plan.layers.values())):
+        largest = max(s.num_weights for s in plan.layers.values())
+        worker.wide = largest >= _WORTH_PAGES
+        with _enough_threads(largest), own_pages(worker.wide):
             if samples is None:
                 for name in plan.layers:
                     worker.quantize([name], None)
@@ -105,38 +111,43 @@ class _Worker:
         self.rows: Mapping[str, torch.Tensor] = plan.rows
         self.method = get_method(config.method)
         self.device = calibration_device(config.calibration_device)
-        self.packed: dict[str, PackedLinear] = {}
+        self.wide = False
+        self.packed: dict[str, Any] = {}  # linear layers and embeddings
         self.sizes: dict[str, int] = {}
 
     @torch.no_grad()
     def quantize(self, names: list[str], statistics: Statistics | None) -> None:
         """Quantize matrices that share their input; the results wait in `packed`."""
-        pulls = {} if statistics is None else self._pulls(names, statistics)
+        shift, pull = None, None
+        if statistics is not None:
+            shift, statistics.shift = statistics.shift, None
         for name in names:
             if statistics is not None:
+                pull = self._pull(name, statistics, shift)
                 statistics.last = name == names[-1]
+                if statistics.last:
+                    shift = None  # as large as the Hessian
                 # the only part that belongs to one matrix: a copy would lose the shared factor
                 rows = self.rows.get(name)
                 statistics.sensitivity = None if rows is None else rows.to(self.device)
-            self._quantize(name, statistics, pulls.pop(name, None))
+            self._quantize(name, statistics, pull)
             release()
 
-    def _pulls(self, names: list[str], statistics: Statistics) -> dict[str, torch.Tensor]:
-        """W S of every matrix. Takes the shift along: it is as large as the Hessian."""
+    def _pull(
+        self, name: str, statistics: Statistics, shift: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """W S of one matrix; a ready-made one is taken along."""
         # Little data overfits: the noise of the estimate grows with channels per token
         tokens = statistics.tokens
         trust = tokens / (tokens + _SHRINKAGE * len(statistics.hessian))
-        shift, pull = statistics.shift, statistics.pull
-        statistics.shift = statistics.pull = None
-        if pull is not None:
-            return {name: pull.mul_(trust) for name in names}
-        if shift is None:
-            return {}
-        return {name: (self._weight(name) @ shift).mul_(trust) for name in names}
+        pull, statistics.pull = statistics.pull, None
+        if pull is None and shift is not None:
+            pull = self._weight(name) @ shift
+        return None if pull is None else pull.mul_(trust)
 
     def _weight(self, name: str) -> torch.Tensor:
-        weight = linear_of(self.model, name).weight.detach().to(self.device, torch.float32)
-        if not bool(torch.isfinite(weight).all()):
+        weight = dense_of(self.model, name).weight.detach().to(self.device, torch.float32)
+        if not all_finite(weight):
             bad = int((~torch.isfinite(weight)).sum())
             raise NonFiniteError(
                 f"{name}: {bad} of {weight.numel()} weights are NaN or infinite, so the checkpoint "
@@ -148,7 +159,7 @@ class _Worker:
         self, name: str, statistics: Statistics | None, pull: torch.Tensor | None
     ) -> None:
         began = time.perf_counter()
-        linear, weight = linear_of(self.model, name), self._weight(name)
+        linear, weight = dense_of(self.model, name), self._weight(name)
         notes: list[str] = []
         if statistics is not None and statistics.tokens == 0:
             statistics = None
@@ -159,23 +170,43 @@ class _Worker:
             weight = correction(pull, statistics.factor(options.damping, spec.descending)).add_(
                 weight
             )
-        result = self.method.quantize(weight, statistics, spec, options)
+        corrected = self.config.for_layer(name).bias_correction
+        # handed over: a method that pads its target need not keep this one as well
+        aim, weight = [weight], weight if corrected else torch.empty(0)
+        result = self.method.quantize(aim.pop(), statistics, spec, options)
         spec = getattr(result, "spec", None) or spec
-        tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
-        bias = None if linear.bias is None else linear.bias.detach().cpu()
-        packed = PackedLinear.from_packed(spec, tensors, bias, linear.weight.dtype, where=name)
-        if self.config.for_layer(name).bias_correction:
+        with own_pages(self.wide, RESULT):
+            tensors = FORMATS[self.config.method].pack(move_codes(result.codes), spec)
+        dtype, bias = linear.weight.dtype, getattr(linear, "bias", None)
+        if isinstance(linear, nn.Embedding):
+            table = PackedEmbedding.from_packed(spec, tensors, linear.padding_idx, dtype, name)
+            self._finished(name, table, spec, result, began, notes)
+            return
+        bias = None if bias is None else bias.detach().cpu()
+        packed = PackedLinear.from_packed(spec, tensors, bias, dtype, where=name)
+        if corrected:
             if statistics is None or statistics.mean is None:
                 notes.append("no calibration data, no bias correction")
             else:
                 _correct_bias(packed, weight, statistics.mean)
-        self.packed[name] = packed
         added = 0
         if packed.bias is not None and linear.bias is None:
             added = packed.bias.nbytes
+        self._finished(name, packed, spec, result, began, notes, added)
+
+    def _finished(
+        self,
+        name: str,
+        packed: PackedLinear | PackedEmbedding,
+        spec: LayerSpec,
+        result: Any,
+        began: float,
+        notes: list[str],
+        added: int = 0,
+    ) -> None:
+        self.packed[name] = packed
         self.sizes[name] = spec.nbytes + added
-        seconds = time.perf_counter() - began
-        notes += result.notes
+        seconds, notes = time.perf_counter() - began, notes + result.notes
         self.reporter.matrix(name, spec, result.relative_error, seconds, notes, added)
 
     def _options(self, name: str) -> Any:
@@ -187,8 +218,7 @@ class _Worker:
     def swap(self, names: list[str]) -> None:
         """Put the packed layers in the place of the dense ones."""
         for name in names:
-            training = self.model.get_submodule(name).training
-            self.model.set_submodule(name, self.packed.pop(name).train(training))
+            swap(self.model, name, self.packed.pop(name))
 
 
 def _correct_bias(layer: PackedLinear, target: torch.Tensor, mean: torch.Tensor) -> None:
@@ -206,6 +236,14 @@ def linear_of(module: nn.Module, name: str) -> nn.Linear:
     if not isinstance(linear, nn.Linear) or linear.weight is None:
         raise TypeError(f"{name} is a {type(linear).__name__}, not a dense nn.Linear")
     return linear
+
+
+def dense_of(module: nn.Module, name: str) -> nn.Linear | nn.Embedding:
+    """The dense linear layer or embedding called `name`."""
+    found = module.get_submodule(name)
+    if isinstance(found, nn.Embedding) and found.weight is not None:
+        return found
+    return linear_of(module, name)
 
 
 def move_codes(codes: Any) -> Any:
@@ -227,11 +265,17 @@ def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _W
     blocks = find_blocks(model)
     if not blocks:
         raise BlockError(f"{type(model).__name__} has no list of decoder blocks to walk through")
-    size = _batch_size(worker.specs, samples.shape[1])
+    inside = {n: s for n, s in worker.specs.items() if any(n.startswith(f"{b}.") for b in blocks)}
+    size = _batch_size(inside or worker.specs, samples.shape[1])
     embeds = next(model.parameters()).device
     batches = [b.to(embeds) for b in samples.split(size)]
     captured = capture(model, list(blocks.values()), batches, type(model).__name__)
     streams = _Streams(captured.hidden, _needs_original(config))
+    if len(inside) < len(worker.specs):
+        _quantize_ends(model, list(blocks.values()), captured, batches, worker)
+        if config.calibration_inputs != "original":
+            again = capture(model, list(blocks.values()), batches, type(model).__name__)
+            streams.quantized = [h.cpu() for h in again.hidden]
     captured.hidden = []
     for index, (name, block) in enumerate(blocks.items()):
         names = {n.removeprefix(f"{name}."): n for n in worker.specs if n.startswith(f"{name}.")}
@@ -244,6 +288,24 @@ def _sequential(model: nn.Module, samples: torch.Tensor, config: Any, worker: _W
         worker.swap(list(names.values()))
         block.to(home)
         release()
+
+
+def _quantize_ends(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    captured: Captured,
+    batches: list[torch.Tensor],
+    worker: _Worker,
+) -> None:
+    """Quantize embeddings and the output head, on what they read in the original model."""
+    ends = find_ends(model, worker.specs)
+    statistics = None
+    if ends.measure_head:
+        statistics = final_statistics(model, blocks, captured, batches, worker.device)
+    for name in filter(None, (ends.head, ends.embedding)):
+        reads_states = name == ends.head or ends.tied
+        worker.quantize([name], statistics if reads_states else None)
+        worker.swap([name])
 
 
 def _needs_original(config: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_vq.formats import cvxq, cvxq_config, gptvq, layer_list, vptq, vptq_config
+from hf_vq.formats import cvxq, cvxq_config, gptvq, layer_list, trainable, vptq, vptq_config
 from hf_vq.formats.base import LayerSpec, TensorLayout
 from hf_vq.formats.validation import FormatError, check_layout, check_version
 
@@ -35,6 +35,8 @@ class Format:
 
     pack(codes, spec) -> the tensors of spec.layout(); unpack(tensors, spec) -> codes;
     check(tensors, spec, where) raises `FormatError` naming layer `where`.
+    widen(tensors, spec) -> the same matrix, with all that can be trained as float32: tensors, spec;
+    narrow(trained tensors, stored tensors, stored spec) -> the trained matrix as it is stored.
 
     What has a default is for formats that others write too. Below, an *entry* is what a
     `quantization_config` says about one layer.
@@ -58,6 +60,8 @@ class Format:
     pack: Callable[[Any, Any], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor], Any], Any]
     check: Callable[[Mapping[str, Tensor], Any, str], None]
+    widen: Callable[[Mapping[str, Tensor], Any], tuple[dict[str, Tensor], Any]]
+    narrow: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Any], dict[str, Tensor]]
     layer_keys: tuple[str, ...] = ("layers",)
     read_layers: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]] = layer_list.read_layers
     read_shared: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]] = lambda _: {}
@@ -95,13 +99,23 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "gptvq": Format(gptvq.GPTVQSpec, gptvq.FORMAT_VERSION, gptvq.pack, gptvq.unpack, gptvq.check),
+    "gptvq": Format(
+        gptvq.GPTVQSpec,
+        gptvq.FORMAT_VERSION,
+        gptvq.pack,
+        gptvq.unpack,
+        gptvq.check,
+        trainable.widen_gptvq,
+        trainable.narrow_gptvq,
+    ),
     "vptq": Format(
         vptq.VPTQSpec,
         vptq.FORMAT_VERSION,
         vptq.pack,
         vptq.unpack,
         vptq.check,
+        trainable.widen_vptq,
+        trainable.narrow_vptq,
         layer_keys=("config_for_layers", "shared_layer_config"),
         read_layers=vptq_config.read_layers,
         read_shared=vptq_config.read_shared,
@@ -119,6 +133,8 @@ FORMATS: dict[str, Format] = {
         cvxq.pack,
         cvxq.unpack,
         cvxq.check,
+        cvxq.widen,
+        trainable.narrow_cvxq,
         read_layers=cvxq_config.read_layers,
         read_entry=cvxq_config.read_entry,
         has_bias=cvxq_config.has_bias,

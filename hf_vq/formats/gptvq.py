@@ -24,6 +24,7 @@ from hf_vq.formats.validation import FormatError, check_layout
 
 FORMAT_VERSION = "1.0"
 
+_FLOATS = {"float16": torch.float16, "float32": torch.float32}
 _INTEGER_RANGE = {"int8": (-128, 127), "int4": (-8, 7)}
 
 
@@ -41,7 +42,7 @@ class GPTVQSpec(LayerSpec):
     num_centroids: int
     group_rows: int
     group_columns: int
-    codebook_dtype: str = "int8"  # "int8", "int4" or "float16"
+    codebook_dtype: str = "int8"  # "int8", "int4", "float16" or "float32"
     scale_block: int = 0  # columns that share one 4-bit scale in a row; 0: no scales
     scale_domain: str = "log"  # "log" or "linear"
     svd_rank: int = 0  # vector_dim 1 only: codebooks stored as rank-r factors; 0: as they are
@@ -73,9 +74,9 @@ class GPTVQSpec(LayerSpec):
             f"0 (no scales) or a {multiple}",
         )
         refuse_unless(
-            self.codebook_dtype in ("int8", "int4", "float16"),
+            self.codebook_dtype in ("int8", "int4", *_FLOATS),
             "codebook_dtype",
-            '"int8", "int4" or "float16"',
+            '"int8", "int4", "float16" or "float32"',
         )
         refuse_unless(self.scale_domain in ("log", "linear"), "scale_domain", '"log" or "linear"')
         refuse_unless(
@@ -88,7 +89,7 @@ class GPTVQSpec(LayerSpec):
             refuse_unless(
                 self.codebook_dtype != "int4",
                 "codebook_dtype",
-                '"int8" or "float16" when svd_rank is used',
+                '"int8", "float16" or "float32" when svd_rank is used',
             )
 
     @property
@@ -121,15 +122,16 @@ class GPTVQSpec(LayerSpec):
             )
         }
         if self.svd_rank:
-            dtype = {"int8": torch.int8, "float16": torch.float16}[self.codebook_dtype]
+            dtype = _FLOATS.get(self.codebook_dtype, torch.int8)
             out["codebook_factors"] = TensorLayout((*groups, self.svd_rank), dtype)
-            out["codebook_basis"] = TensorLayout((self.svd_rank, self.num_centroids), torch.float16)
+            basis = torch.float32 if dtype == torch.float32 else torch.float16
+            out["codebook_basis"] = TensorLayout((self.svd_rank, self.num_centroids), basis)
         elif self.codebook_dtype == "int4":
             out["codebooks"] = TensorLayout((*groups, ceil(entries * 4 / 32)), torch.int32)
         else:
-            dtype = {"int8": torch.int8, "float16": torch.float16}[self.codebook_dtype]
+            dtype = _FLOATS.get(self.codebook_dtype, torch.int8)
             out["codebooks"] = TensorLayout((*groups, self.num_centroids, self.vector_dim), dtype)
-        if self.codebook_dtype != "float16":
+        if self.codebook_dtype not in _FLOATS:
             # bfloat16: the integers are fitted to the rounded scale; range matters, digits do not
             out["codebook_scales"] = TensorLayout(groups, torch.bfloat16)
         if self.scale_block:
@@ -146,7 +148,7 @@ class GPTVQCodes:
     """What quantization produces and `pack` stores. Shapes: r x c matrix, S stripes, G row groups.
 
     indices: int64 (r, num_vectors). codebooks: (S, G, k, d), integers (any dtype) when the codebook
-    is int8/int4, floats for float16. codebook_scales: float (S, G) or None. scale_codes: uint8
+    is int8/int4, else floats. codebook_scales: float (S, G) or None. scale_codes: uint8
     (r, num_scale_blocks), 0..15, or None. scale_grid: float (2, num_scale_blocks) = (offset, step)
     or None: scale = 2 ** (offset + step * code) for "log", offset + step * code for "linear".
     codebook_factors (S, G, rank) and codebook_basis (rank, k) replace codebooks under svd_rank.

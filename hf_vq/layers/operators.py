@@ -17,10 +17,14 @@ Packed = Mapping[str, Any]  # name -> Tensor, as in spec.layout()
 
 
 class Operator(NamedTuple):
-    """linear(x, packed, spec, bias) -> x @ W.T + bias; dequantize(packed, spec, dtype) -> W."""
+    """linear(x, packed, spec, bias) -> x @ W.T + bias; dequantize(packed, spec, dtype) -> W.
+
+    embedding(ids, packed, spec, dtype) -> W[ids], of which only these rows are decoded.
+    """
 
     linear: Callable[[Tensor, Packed, Any, Tensor | None], Tensor]
     dequantize: Callable[[Packed, Any, torch.dtype], Tensor]
+    embedding: Callable[[Tensor, Packed, Any, torch.dtype], Tensor]
 
 
 def _gptvq_tensors(packed: Packed) -> tuple[Tensor | None, ...]:
@@ -51,10 +55,16 @@ def _gptvq_linear(x: Tensor, packed: Packed, spec: GPTVQSpec, bias: Tensor | Non
     return hf_vq_kernels.gptvq_linear(x, *_gptvq_tensors(packed), bias, *_gptvq_geometry(spec))
 
 
+def _gptvq_arguments(packed: Packed, spec: GPTVQSpec) -> tuple[Any, ...]:
+    return (*_gptvq_tensors(packed), spec.in_features, *_gptvq_geometry(spec))
+
+
 def _gptvq_dequantize(packed: Packed, spec: GPTVQSpec, dtype: torch.dtype) -> Tensor:
-    return hf_vq_kernels.gptvq_dequantize(
-        *_gptvq_tensors(packed), spec.in_features, *_gptvq_geometry(spec), dtype
-    )
+    return hf_vq_kernels.gptvq_dequantize(*_gptvq_arguments(packed, spec), dtype)
+
+
+def _gptvq_embedding(ids: Tensor, packed: Packed, spec: GPTVQSpec, dtype: torch.dtype) -> Tensor:
+    return hf_vq_kernels.gptvq_embedding(ids, *_gptvq_arguments(packed, spec), dtype)
 
 
 _VPTQ_TENSORS = (
@@ -81,9 +91,16 @@ def _vptq_linear(x: Tensor, packed: Packed, spec: VPTQSpec, bias: Tensor | None)
     return hf_vq_kernels.vptq_linear(x, *tensors, bias, *_vptq_geometry(spec))
 
 
+def _vptq_arguments(packed: Packed, spec: VPTQSpec) -> tuple[Any, ...]:
+    return (*_vptq_tensors(packed, spec), spec.in_features, *_vptq_geometry(spec))
+
+
 def _vptq_dequantize(packed: Packed, spec: VPTQSpec, dtype: torch.dtype) -> Tensor:
-    tensors = _vptq_tensors(packed, spec)
-    return hf_vq_kernels.vptq_dequantize(*tensors, spec.in_features, *_vptq_geometry(spec), dtype)
+    return hf_vq_kernels.vptq_dequantize(*_vptq_arguments(packed, spec), dtype)
+
+
+def _vptq_embedding(ids: Tensor, packed: Packed, spec: VPTQSpec, dtype: torch.dtype) -> Tensor:
+    return hf_vq_kernels.vptq_embedding(ids, *_vptq_arguments(packed, spec), dtype)
 
 
 def _cvxq_tensors(packed: Packed) -> tuple[Tensor | None, ...]:
@@ -104,19 +121,35 @@ def _cvxq_linear(x: Tensor, packed: Packed, spec: CVXQSpec, bias: Tensor | None)
     )
 
 
-def _cvxq_dequantize(packed: Packed, spec: CVXQSpec, dtype: torch.dtype) -> Tensor:
-    return hf_vq_kernels.cvxq_dequantize(
-        *_cvxq_tensors(packed),
-        spec.in_features,
-        spec.out_features,
-        spec.group_rows,
-        spec.levels,
-        dtype,
-    )
+def _cvxq_arguments(packed: Packed, spec: CVXQSpec) -> tuple[Any, ...]:
+    geometry = (spec.in_features, spec.out_features, spec.group_rows, spec.levels)
+    return (*_cvxq_tensors(packed), *geometry)
 
+
+def _cvxq_dequantize(packed: Packed, spec: CVXQSpec, dtype: torch.dtype) -> Tensor:
+    return hf_vq_kernels.cvxq_dequantize(*_cvxq_arguments(packed, spec), dtype)
+
+
+def _cvxq_embedding(ids: Tensor, packed: Packed, spec: CVXQSpec, dtype: torch.dtype) -> Tensor:
+    return hf_vq_kernels.cvxq_embedding(ids, *_cvxq_arguments(packed, spec), dtype)
+
+
+_ARGUMENTS: dict[str, Callable[[Packed, Any], tuple[Any, ...]]] = {
+    "gptvq": _gptvq_arguments,
+    "vptq": _vptq_arguments,
+    "cvxq": _cvxq_arguments,
+}
 
 OPERATORS: dict[str, Operator] = {
-    "gptvq": Operator(_gptvq_linear, _gptvq_dequantize),
-    "vptq": Operator(_vptq_linear, _vptq_dequantize),
-    "cvxq": Operator(_cvxq_linear, _cvxq_dequantize),
+    "gptvq": Operator(_gptvq_linear, _gptvq_dequantize, _gptvq_embedding),
+    "vptq": Operator(_vptq_linear, _vptq_dequantize, _vptq_embedding),
+    "cvxq": Operator(_cvxq_linear, _cvxq_dequantize, _cvxq_embedding),
 }
+
+
+def arguments(packed: Packed, spec: Any) -> tuple[Any, ...]:
+    """What the `_dequantize` and `_embedding` operators of the spec's method take before `dtype`.
+
+    The tensors in their order, in_features, and the geometry.
+    """
+    return _ARGUMENTS[spec.method](packed, spec)

@@ -96,9 +96,12 @@ def quantize(
     target = clustered(weight, rows, spec.group_rows)[:, order]
     row_weight = clustered(_row_weight(sensitivity, weight)[:, None], rows, spec.group_rows)[:, 0]
     price = factor.upper.diagonal().square()
+    measured = sensitivity is not None and sensitivity.dim() > 1
     if not options.error_feedback:
+        # a whole map of gradients has the columns in it already, as the paper's has
         price = (factor.hessian.diagonal() - factor.added).clamp_min(0)
-    energy = group_energy(sensitivity, rows, spec, price.device)
+        price = torch.ones_like(price) if measured else price
+    energy = group_energy(sensitivity, rows, spec, price.device, options.error_feedback)
     if energy.shape[1] > 1:
         energy = energy[:, order]
     solver = _Solver(target, row_weight, price * energy, statistics, factor, spec, options)
@@ -152,18 +155,22 @@ def clustered(weight: torch.Tensor, rows: torch.Tensor, group_rows: int) -> torc
 
 
 def group_energy(
-    sensitivity: torch.Tensor | None, rows: torch.Tensor, spec: CVXQSpec, device: torch.device
+    sensitivity: torch.Tensor | None,
+    rows: torch.Tensor,
+    spec: CVXQSpec,
+    device: torch.device,
+    feedback: bool = True,
 ) -> torch.Tensor:
     """What the rows of every group count on average, float32 (M, 1), or (M, I) for a whole map.
 
     Padding counts nothing but takes room, so the last cluster's average is over its stored rows.
-    sensitivity: as in `Statistics`. Of a whole map the columns' own means are divided out: their
-    level is the Hessian's to say, as error feedback lowers it.
+    sensitivity: as in `Statistics`. feedback: of a whole map the columns' own means are divided
+    out: their level is the Hessian's to say, as error feedback lowers it.
     """
     if sensitivity is None:
         sensitivity = torch.ones(spec.out_features, device=device)
     flat = sensitivity.float().reshape(spec.out_features, -1)
-    if flat.shape[1] > 1:
+    if flat.shape[1] > 1 and feedback:
         flat = flat / flat.mean(0).clamp_min(1e-30)
     grouped = clustered(flat, rows, spec.group_rows)
     return grouped.reshape(spec.num_clusters, spec.group_rows, -1).mean(1)

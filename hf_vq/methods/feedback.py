@@ -53,7 +53,7 @@ def factorize(hessian: torch.Tensor, damping: float = 0.01, *, in_place: bool = 
     """
     notes: list[str] = []
     h = hessian if in_place else hessian.float().clone()
-    if not bool(torch.isfinite(h).all()):
+    if not all_finite(h):
         diagonal = h.diagonal().clone()
         usable = bool(torch.isfinite(diagonal).all()) and bool((diagonal > 0).any())
         notes.append("non-finite Hessian: " + ("its diagonal" if usable else "identity") + " used")
@@ -80,6 +80,11 @@ def factorize(hessian: torch.Tensor, damping: float = 0.01, *, in_place: bool = 
     level = max(damping, 1e-4)  # dead inputs need some, or the sweep would divide by zero
     h.zero_().diagonal().copy_(diagonal.clamp_min(0) + level * mean)
     return Factor(h.sqrt(), h, level, level * mean, notes)
+
+
+def all_finite(matrix: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite; a slice at a time, for isfinite makes copies."""
+    return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(256))
 
 
 def _upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from hf_vq.formats.gptvq import GPTVQCodes, GPTVQSpec
+from hf_vq.memory import release
 from hf_vq.methods import refine
 from hf_vq.methods.codebooks import as_integers, low_rank, sort_entries
 from hf_vq.methods.feedback import Factor, sweep
@@ -68,9 +69,11 @@ def quantize(
     factor = statistics.factor(options.damping)
     notes = list(factor.notes)
     target, factor = _padded(weight.float(), factor, spec)
-    solver = _Solver(target, factor, spec, options)
-    with statistics.factored(factor) as upper:
+    del weight  # if the caller has let go of it too
+    with statistics.factored(factor) as upper:  # before the solver takes memory
+        solver = _Solver(target, factor, spec, options)
         solver.sweep(upper)
+    release()
     solver.refine()
     return Quantized(solver.codes(), solver.relative_error(), notes)
 
@@ -148,18 +151,21 @@ class _Solver:
         """Codebooks (G, k, d) for the columns from `first` on; weight (r, width)."""
         spec = self.spec
         d, groups = spec.vector_dim, spec.num_row_groups
-        w = importance[None] * self.state.row_mask
+        points = weight.reshape(groups, -1, d)
+        w = (importance[None] * self.state.row_mask).reshape(groups, -1, d)
+        scale = None
         if self.state.scale is not None:
             vectors = self.state.scale[:, first // d : (first + weight.shape[1]) // d]
-            scale = vectors.repeat_interleave(d, 1)
-            weight, w = weight / scale, w * scale.square()
-        points, w = weight.reshape(groups, -1, d), w.reshape(groups, -1, d)
+            scale = vectors.reshape(groups, -1, 1)
         limit = _POINTS_PER_CENTROID * spec.num_centroids
         if points.shape[1] > limit:
             generator = torch.Generator().manual_seed(self.options.seed)
             pick = torch.randperm(points.shape[1], generator=generator)[:limit].sort().values
             pick = pick.to(points.device)
             points, w = points[:, pick], w[:, pick]
+            scale = None if scale is None else scale[:, pick]
+        if scale is not None:
+            points, w = points / scale, w * scale.square()
         return kmeans(
             points,
             w,
@@ -200,6 +206,7 @@ class _Solver:
         for _ in range(rounds):
             self._update()
             refine.reassign(self.target, self.factor.hessian, self.state)
+            release()  # what a pass frees lies scattered
         self._update()
         best = self._stored()
         if swept is not None and swept.loss < best.loss:
@@ -207,6 +214,7 @@ class _Solver:
         self.state, self.stored = best.state, best
 
     def _update(self) -> None:
+        release()
         if self.options.codebook_update:
             refine.fit_codebooks(
                 self.target,
@@ -227,8 +235,8 @@ class _Solver:
         state = replace(self.state, index=self.state.index.clone())
         if spec.svd_rank:
             stored = self._factored(state, fit)
-        elif spec.codebook_dtype == "float16":
-            state.codebooks = state.codebooks.half().float()
+        elif spec.codebook_dtype.startswith("float"):
+            state.codebooks = self._rounded(state.codebooks)
             stored = _Stored(state, values=state.codebooks)
         else:
             flat = state.codebooks.flatten(2)
@@ -239,6 +247,10 @@ class _Solver:
         refine.reassign(self.target, h, state)
         stored.loss = refine.loss(self.target, h, state)
         return stored
+
+    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
+        """float32 values as the codebooks' floating-point type can hold them."""
+        return values.to(getattr(torch, self.spec.codebook_dtype)).float()
 
     def _factored(self, state: Lookup, fit: bool) -> _Stored:
         sort_entries(state)
@@ -259,7 +271,7 @@ class _Solver:
             stored.values, stored.scales = as_integers(factors, mass, "int8")
             factors = stored.values * stored.scales[..., None]
         else:
-            stored.values = factors = factors.half().float()
+            stored.values = factors = self._rounded(factors)
         state.codebooks = (factors @ basis).reshape(shape)
         return stored
 

@@ -65,8 +65,11 @@ def _accumulate(features: torch.Tensor, index: torch.Tensor, k: int) -> torch.Te
     """Sums of the features over every cluster, (groups, k, 2 d)."""
     groups, _, width = features.shape
     if k <= _ONE_HOT_LIMIT:
-        hot = index[:, None] == torch.arange(k, device=index.device)[:, None]
-        return torch.bmm(hot.to(features.dtype), features)
+        ranks = torch.arange(k, device=index.device)[:, None]
+        size = _CHUNK.get(features.device.type, _CHUNK_ELSEWHERE)
+        some = max(1, size // max(1, index.shape[1] * k))
+        parts = zip(index.split(some), features.split(some), strict=True)
+        return torch.cat([torch.bmm((i[:, None] == ranks).to(f.dtype), f) for i, f in parts])
     flat = (index + k * torch.arange(groups, device=index.device)[:, None]).reshape(-1)
     total = torch.zeros(groups * k, width, device=features.device)
     return total.index_add_(0, flat, features.reshape(-1, width)).reshape(groups, k, width)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 # Weights worked on at once: few enough to stay in a CPU's cache, or to fill a GPU.
-_CHUNK = {"cpu": 1 << 20}
+_CHUNK = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 25
 
 

@@ -67,17 +67,19 @@ def importance(hessian: torch.Tensor, state: Lookup) -> torch.Tensor:
 
 def _normal_product(
     hessian: torch.Tensor,
-    chunks: list[tuple[slice, slice, Lookup, list[torch.Tensor]]],
+    chunks: list[tuple[slice, slice, Lookup]],
     books: torch.Tensor,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the normal matrix makes of `books`: gather, multiply by H, scatter.
 
     With a weight: the same for ``weight - gathered``, that is, minus half of the loss's gradient.
-    chunks: those of the state, with their addresses.
+    chunks: those of the state. Addresses are made anew each time: kept, they would be as large as
+    the matrix, and making them takes a fraction of the product.
     """
     out = torch.zeros_like(books)
-    for rows, groups, part, addresses in chunks:
+    for rows, groups, part in chunks:
+        addresses = part.addresses()
         dense = part.decode(books[:, groups], addresses)
         if weight is not None:
             dense = weight[rows] - dense
@@ -108,7 +110,7 @@ def fit_codebooks(
     def project(books: torch.Tensor) -> torch.Tensor:
         return books if basis is None else books[..., 0] @ basis.T
 
-    chunks = [(*chunk, chunk[2].addresses()) for chunk in state.row_chunks()]
+    chunks = list(state.row_chunks())
     mass = importance(hessian, state)
     if basis is not None:
         mass = mass[..., 0] @ basis.square().T

@@ -54,6 +54,12 @@ def test_another_model(file):
         stored(file[0], fewer)
 
 
+def test_another_question(file):
+    assert stored(file[0], LAYERS, asked=("loss", False)) is not None
+    with pytest.raises(MeasurementError, match=r"measured with sensitivity='loss'.*not 'pca'"):
+        stored(file[0], LAYERS, asked=("pca", False))
+
+
 def test_no_measurement(tmp_path):
     path = str(tmp_path / "x")
     (tmp_path / "x").write_text("nonsense")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_vq.configs import VPTQConfig
+from hf_vq.configs import CVXQConfig, VPTQConfig
 from hf_vq.engine import sensitivity
 from hf_vq.engine.report import Reporter
 from hf_vq.engine.run import quantize_model
@@ -70,7 +70,7 @@ def test_many_draws_average_to_the_jacobian(kind):
     model, samples = tiny(kind).float().eval(), tokens(2)[:, :5]
     names = linears(model)[-3:] + linears(model)[:1]
     expected, rows = slowly(model, names, samples)
-    draws = [measure(model, names, samples, CPU, seed) for seed in range(40)]
+    draws = [measure(model, names, samples, CPU, seed, "hidden") for seed in range(40)]
     for name in names:
         mean = sum(d.gains[name] for d in draws) / len(draws)
         assert mean == pytest.approx(expected[name], rel=0.2), name
@@ -139,18 +139,45 @@ def test_bits_where_they_matter_beat_equal_bits(monkeypatch, text):
     assert found["measured"] < 0.97 * found["uniform"], found
 
 
-def test_the_prediction_is_what_happens_at_three_bits(monkeypatch, text):
-    """To a factor of two: the change of the final states, from curves and gradients alone."""
+@pytest.mark.parametrize("objective", ["hidden", "loss"])
+def test_the_prediction_is_what_happens_at_three_bits(monkeypatch, text, objective):
+    """To a factor of two: the change of the final states, or of the predictions, from curves and
+    gradients alone."""
     monkeypatch.setenv("HF_VQ_PROGRESS", "0")
     dense, samples, _ = text
     monkeypatch.setattr(sensitivity, "_TOKENS", samples.numel())
     model = copy.deepcopy(dense)
-    config = VPTQConfig(3.5, asymmetric_calibration=False, **QUICK)
+    config = VPTQConfig(3.5, asymmetric_calibration=False, sensitivity=objective, **QUICK)
     plan = measured_plan(model, config, samples, make_plan(model, config))
     error = get_method("vptq").expected_error
     predicted = sum(plan.gains[n] * error(s) for n, s in plan.layers.items())
     quantize_model(model, plan, samples, config, Reporter())
     with torch.no_grad():
-        states = [m.base_model(samples).last_hidden_state for m in (dense, model)]
-    measured = float((states[0] - states[1]).square().sum(-1).mean())
+        if objective == "hidden":
+            p, q = (m.base_model(samples).last_hidden_state for m in (dense, model))
+            measured = float((p - q).square().sum(-1).mean())
+        else:  # the divergence is half of the error in Fisher's metric
+            p, q = (m(samples).logits.log_softmax(-1) for m in (dense, model))
+            measured = 2 * float((p.exp() * (p - q)).sum(-1).mean())
     assert 0.5 < measured / (predicted * samples.shape[1]) < 2, (measured, predicted)
+
+
+def test_a_bit_more_quarters_the_error(monkeypatch, text):
+    """CVXQ section 14, 10: of the final states, and as predicted to a factor of two."""
+    monkeypatch.setenv("HF_VQ_PROGRESS", "0")
+    dense, samples, _ = text
+    monkeypatch.setattr(sensitivity, "_TOKENS", samples.numel())
+    found = {}
+    with torch.no_grad():
+        before = dense.base_model(samples).last_hidden_state
+    for bits in (4, 5):
+        model = copy.deepcopy(dense)
+        config = CVXQConfig(
+            bits, sensitivity="hidden", asymmetric_calibration=False, refine_iterations=0
+        )
+        plan = measured_plan(model, config, samples, make_plan(model, config))
+        quantize_model(model, plan, samples, config, Reporter())
+        with torch.no_grad():
+            after = model.base_model(samples).last_hidden_state
+        found[bits] = float((before - after).square().sum(-1).mean())
+    assert 3 < found[4] / found[5] < 5.5, found

@@ -60,7 +60,7 @@ def decode(
         books = np.where(nibbles > 7, nibbles - 16, nibbles).astype(np.float64)
     else:
         books = tensors["codebooks"].astype(np.float64)
-    if precision != "float16":
+    if precision in ("int8", "int4"):
         books = books * bfloat16("codebook_scales")[:, :, None, None]
     books = books.astype(np.float32)
 

@@ -12,6 +12,7 @@ import torch
 from helpers import ODD_SPECS, random_gptvq
 from helpers_cvxq import ODD_CVXQ, random_cvxq
 from helpers_vptq import ODD_VPTQ, random_vptq
+from hf_vq_kernels.dispatch import use_backend
 from torch import nn
 
 from hf_vq.formats import FORMATS, FormatError, LayerSpec
@@ -35,6 +36,11 @@ each_kind = pytest.mark.parametrize(
 )
 
 
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in units of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 def layer(spec: LayerSpec, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
     values = torch.linspace(-1, 1, spec.out_features).to(dtype) if bias else None
     tensors = FORMATS[spec.method].pack(CODES[spec.method](spec), spec)
@@ -56,7 +62,9 @@ def test_computes_like_its_dense_twin(name: str, bias: bool) -> None:
     dense = packed.to_linear()
     assert type(dense) is nn.Linear and (dense.bias is not None) == bias
     x = torch.randn(2, 3, packed.in_features)
-    assert torch.equal(packed(x), dense(x))
+    with use_backend("torch"):
+        assert torch.equal(packed(x), dense(x))
+    assert error(packed(x), dense(x)) < 1e-5  # compiled backends add in another order
     for dtype in (torch.bfloat16, torch.float16):
         assert packed(x.to(dtype)).dtype == dtype
         assert torch.equal(packed.to_linear(dtype).weight, packed.dequantize(dtype))
@@ -208,7 +216,7 @@ def test_gradient_reaches_the_input(spec: LayerSpec) -> None:
     twin = x.detach().clone().requires_grad_()
     packed(x).square().sum().backward()
     packed.to_linear()(twin).square().sum().backward()
-    torch.testing.assert_close(x.grad, twin.grad)
+    assert error(x.grad, twin.grad) < 1e-5
     assert packed.bias.grad is not None and packed.qweight.grad is None
 
 
@@ -219,7 +227,7 @@ def test_autocast() -> None:
         y = packed(x)
         dense = packed.to_linear()(x)
     assert y.dtype == dense.dtype == torch.bfloat16
-    torch.testing.assert_close(y, dense, rtol=2e-2, atol=5e-2)
+    assert error(y, dense) < 1e-2
 
 
 @each_kind

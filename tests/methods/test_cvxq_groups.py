@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hf_vq_kernels.levels import level_table
@@ -178,9 +179,10 @@ def test_half_rounds_as_torch_does(value):
 
 @settings(max_examples=200, deadline=None)
 @given(st.floats(2.0**-26, 1e-4))
-def test_half_rounds_small_numbers_as_torch_does(value):
+def test_half_rounds_small_numbers_once(value):
     half = pytest.importorskip("hf_vq.methods.cvxq_numba")._half
-    assert half(value) == torch.tensor(value, dtype=torch.float64).half().float().item()
+    # numpy's cast; torch's goes by way of float32 and rounds twice
+    assert half(value) == float(np.float64(value).astype(np.float16))
 
 
 @pytest.mark.parametrize("size", [1e-6, 0.02, 1.0, 3e3])
