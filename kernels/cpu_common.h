@@ -145,6 +145,22 @@ INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays on
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
+/* n elements from `at` on of an array of the dtype, as float. */
+INLINE void load(const void *from, i64 at, int dtype, float *values, i64 n) {
+    if (dtype == FLOAT32) {
+        memcpy(values, (const float *)from + at, (size_t)n * 4);
+    } else if (dtype == BFLOAT16) {
+        const uint16_t *stored = (const uint16_t *)from + at;
+        for (i64 i = 0; i < n; i++) {
+            uint32_t bits = (uint32_t)stored[i] << 16;
+            memcpy(values + i, &bits, 4);
+        }
+    } else {
+        const _Float16 *stored = (const _Float16 *)from + at;
+        for (i64 i = 0; i < n; i++) values[i] = (float)stored[i];
+    }
+}
+
 /* n floats to element `at` of an array of the dtype. */
 INLINE void store(void *out, i64 at, int dtype, const float *values, i64 n) {
     if (dtype == FLOAT32) {
