@@ -13,6 +13,8 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512DQ__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #define HF_VQ_VBMI 1
+#endif
+#if defined(HF_VQ_VBMI) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -107,7 +109,8 @@ static __attribute__((constructor, unused)) void make_lanes(void) {
 #endif
 
 /* Codes first .. first + n - 1 of a stream; out has room for n rounded up to 16. */
-static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i64 first, i64 n, int bits, uint32_t *out) {
+static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i64 first, i64 n,
+                                           int bits, uint32_t *out) {
     i64 i = 0;
 #ifdef HF_VQ_VBMI
     i64 start = first * bits;
@@ -124,6 +127,30 @@ static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i6
             _mm512_storeu_si512(out + i, _mm512_and_si512(codes, mask));
         }
         return;
+    }
+#endif
+#if defined(__AVX2__) && !defined(HF_VQ_VBMI)
+    i64 begin = first * bits;
+    if (bits <= 25 && begin % 8 == 0) { /* 8 codes are `bits` whole bytes; 4 of them begin a lane */
+        uint8_t pick[32];
+        uint32_t shift[8];
+        for (int c = 0; c < 8; c++) {
+            int bit = c % 4 * bits + (c < 4 ? 0 : 4 * bits % 8);
+            shift[c] = (uint32_t)(bit & 7);
+            for (int i = 0; i < 4; i++) pick[4 * c + i] = (uint8_t)((bit >> 3) + i);
+        }
+        __m256i picks = _mm256_loadu_si256((const void *)pick);
+        __m256i shifts = _mm256_loadu_si256((const void *)shift);
+        __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+        const uint8_t *bytes = (const uint8_t *)stream + begin / 8, *end = (const uint8_t *)(stream + words);
+        i64 half = 4 * bits / 8;
+        for (; i + 8 <= n && bytes + half + 16 <= end; i += 8, bytes += bits) {
+            __m128i low = _mm_loadu_si128((const void *)bytes);
+            __m128i high = _mm_loadu_si128((const void *)(bytes + half));
+            __m256i codes = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+            codes = _mm256_srlv_epi32(_mm256_shuffle_epi8(codes, picks), shifts);
+            _mm256_storeu_si256((void *)(out + i), _mm256_and_si256(codes, mask));
+        }
     }
 #endif
     if (32 % bits == 0) { /* no code crosses a word */

@@ -67,7 +67,11 @@ def few_tokens(
 
 
 def by_blocks(
-    function: Callable[..., int], matrix: ctypes.Structure, x: Tensor, rows: int, bias: Tensor | None
+    function: Callable[..., int],
+    matrix: ctypes.Structure,
+    x: Tensor,
+    rows: int,
+    bias: Tensor | None,
 ) -> Tensor:
     """x (..., columns) @ W.T + bias by decoded blocks (cpu_product.h), summed in float32.
 
