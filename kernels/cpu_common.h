@@ -93,17 +93,23 @@ INLINE __mmask64 first_bytes(i64 n) {
 }
 #endif
 
+#if defined(HF_VQ_VBMI) || defined(__AVX2__)
+/* How LANE_CODES codes of b bits become lanes of 32: which bytes, and where in them. */
 #ifdef HF_VQ_VBMI
-/* How 16 codes of b bits, in 2 * b bytes, become lanes: which bytes, and where in them. */
+enum { LANE_CODES = 16 }; /* in 2 * b bytes */
+#else
+enum { LANE_CODES = 8 }; /* in b bytes: four from the first on, four from byte b / 2 on */
+#endif
 static struct {
-    uint8_t pick[64];
-    uint32_t shift[16];
+    uint8_t pick[4 * LANE_CODES];
+    uint32_t shift[LANE_CODES];
 } lanes_of[26];
 static __attribute__((constructor, unused)) void make_lanes(void) {
     for (int b = 0; b < 26; b++)
-        for (int c = 0; c < 16; c++) {
-            lanes_of[b].shift[c] = (uint32_t)(c * b & 7);
-            for (int i = 0; i < 4; i++) lanes_of[b].pick[4 * c + i] = (uint8_t)((c * b >> 3) + i);
+        for (int c = 0; c < LANE_CODES; c++) {
+            int bit = LANE_CODES == 16 ? c * b : c % 4 * b + (c < 4 ? 0 : 4 * b % 8);
+            lanes_of[b].shift[c] = (uint32_t)(bit & 7);
+            for (int i = 0; i < 4; i++) lanes_of[b].pick[4 * c + i] = (uint8_t)((bit >> 3) + i);
         }
 }
 #endif
@@ -131,16 +137,9 @@ static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i6
 #endif
 #if defined(__AVX2__) && !defined(HF_VQ_VBMI)
     i64 begin = first * bits;
-    if (bits <= 25 && begin % 8 == 0) { /* 8 codes are `bits` whole bytes; 4 of them begin a lane */
-        uint8_t pick[32];
-        uint32_t shift[8];
-        for (int c = 0; c < 8; c++) {
-            int bit = c % 4 * bits + (c < 4 ? 0 : 4 * bits % 8);
-            shift[c] = (uint32_t)(bit & 7);
-            for (int i = 0; i < 4; i++) pick[4 * c + i] = (uint8_t)((bit >> 3) + i);
-        }
-        __m256i picks = _mm256_loadu_si256((const void *)pick);
-        __m256i shifts = _mm256_loadu_si256((const void *)shift);
+    if (bits <= 25 && begin % 8 == 0) { /* 8 codes are `bits` whole bytes */
+        __m256i picks = _mm256_loadu_si256((const void *)lanes_of[bits].pick);
+        __m256i shifts = _mm256_loadu_si256((const void *)lanes_of[bits].shift);
         __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
         const uint8_t *bytes = (const uint8_t *)stream + begin / 8, *end = (const uint8_t *)(stream + words);
         i64 half = 4 * bits / 8;

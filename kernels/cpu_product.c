@@ -5,6 +5,8 @@
 
 /* At most so many tokens at once: their sums for a block of rows stay in the second-level cache. */
 enum { MOST_TOKENS = 256, BLOCK_ROWS = 96 };
+/* Of a block along columns: it stays in the first-level cache, which single numbers are read from. */
+enum { ACROSS_COLUMNS = 64 };
 
 typedef struct {
     const product_t *task;
@@ -75,7 +77,8 @@ static int blocks_of_thread(const void *context, i64 thread, i64 threads) {
     i64 stride = task->across ? padded + 16 : PRODUCT_COLUMNS + 16; /* no power of two */
     int by_token = pass->tiles && task->across;
     i64 sums_stride = by_token ? padded : pass->room;
-    i64 block_floats = task->across ? stride * PRODUCT_COLUMNS : stride * padded;
+    i64 at_once = task->across && !pass->tiles ? ACROSS_COLUMNS : PRODUCT_COLUMNS;
+    i64 block_floats = task->across ? stride * at_once : stride * padded;
     float *block = allocate(block_floats * 4), *sums = allocate(padded * pass->room * 4);
     float *line = allocate(padded * 4);
     void *scratch = allocate(task->scratch_bytes);
@@ -86,8 +89,8 @@ static int blocks_of_thread(const void *context, i64 thread, i64 threads) {
     for (i64 row = thread * most; row < task->rows && !failed; row += threads * most) {
         i64 n = smaller(most, task->rows - row);
         memset(sums, 0, (size_t)(padded * pass->room) * 4);
-        for (i64 j = 0; j < columns; j += PRODUCT_COLUMNS) {
-            i64 k = smaller(PRODUCT_COLUMNS, columns - j);
+        for (i64 j = 0; j < columns; j += at_once) {
+            i64 k = smaller(at_once, columns - j);
             task->decode(task->matrix, row, n, j, k, block, stride, scratch);
             if (pass->tiles) {
                 amx_round(block, stride, task->across, n, k, tiles);

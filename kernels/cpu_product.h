@@ -12,7 +12,7 @@
 #define HF_VQ_CPU_PRODUCT_H
 #include "cpu_common.h"
 
-/* Blocks handed to `decode` begin at multiples of PRODUCT_COLUMNS and span no more of them. */
+/* Blocks that `decode` is asked for span at most so many columns, and begin at multiples of 64. */
 enum { PRODUCT_COLUMNS = 256 };
 
 typedef struct {

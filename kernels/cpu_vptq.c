@@ -179,8 +179,12 @@ static __attribute__((noinline)) void shift_by(float *values, const float *by, f
     for (i64 i = 0; i < n; i++) values[i] += by ? by[i] : one;
 }
 
-INLINE void copy_entry(float *to, const float *entry, const float *second, i64 v) {
-    for (i64 t = 0; t < v; t++) to[t] = second ? entry[t] + second[t] : entry[t];
+INLINE void copy_entry(float *to, const float *entry, const float *second, i64 width) {
+    for (i64 t = 0; t < width; t += 4) { /* widths are multiples of 4 */
+        f4 part = *(const f4 *)(entry + t);
+        if (second) part += *(const f4 *)(second + t);
+        *(f4 *)(to + t) = part;
+    }
 }
 
 /* Entries of n columns, or sums of two, each to the rows of a block. */
@@ -273,7 +277,8 @@ static void decode_block(const void *matrix, i64 row, i64 n, i64 column, i64 k, 
             offsets(w, group, row / v + b, first, next - j, at, res_at);
             float *to = out + (j - column) * stride + b * v;
             /* the padding of an entry is overwritten by the next block */
-            if (res) copy_columns(to, stride, book, at, res, res_at, next - j, w->width);
+            if (res && w->width == 8) copy_columns(to, stride, book, at, res, res_at, next - j, 8);
+            else if (res) copy_columns(to, stride, book, at, res, res_at, next - j, w->width);
             else if (w->width == 4) copy_columns(to, stride, book, at, NULL, NULL, next - j, 4);
             else if (w->width == 8) copy_columns(to, stride, book, at, NULL, NULL, next - j, 8);
             else copy_columns(to, stride, book, at, NULL, NULL, next - j, 16);
