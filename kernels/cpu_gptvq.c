@@ -1,8 +1,9 @@
 /* GPTVQ: vectors of `vector_dim` consecutive columns of a row (docs/format.md).
  *
  * Products of many tokens and dense weights, by decoded blocks. Single tokens are multiplied
- * without decoding, by tables in registers (cpu_gptvq_vbmi.h) or in the first-level cache
- * (cpu_gptvq_table.h), where they fit. */
+ * without decoding, by tables in registers (cpu_gptvq_vbmi.h, cpu_gptvq_avx2.h) or in the
+ * first-level cache (cpu_gptvq_table.h), where they fit. */
+#include "cpu_gptvq_avx2.h"
 #include "cpu_gptvq_table.h"
 #include "cpu_gptvq_vbmi.h"
 #include "cpu_product.h"
@@ -114,7 +115,7 @@ static float *scales_of(const gptvq_t *w, int exact) {
 
 /* Up to how many tokens hf_vq_gptvq_linear is the faster way. */
 EXPORT i64 hf_vq_gptvq_most_tokens(const gptvq_t *w) {
-    return vbmi_suits(w) ? 5 : table_suits(w) ? 3 : 0;
+    return vbmi_suits(w) ? 5 : avx2_suits(w) || table_suits(w) ? 3 : 0;
 }
 
 /* y (tokens, rows) = x (tokens, columns) @ W.T, both float. `planes`: bytes that x may be rounded
@@ -124,10 +125,11 @@ EXPORT int hf_vq_gptvq_linear(const gptvq_t *w, const float *x, float *y, i64 to
                               i64 threads) {
     float *scales = scales_of(w, 0);
     int failed = !scales;
-    int vbmi = vbmi_suits(w);
+    int vbmi = vbmi_suits(w), avx2 = avx2_suits(w);
     for (i64 i = 0; i < tokens && !failed; i++, x += w->columns, y += w->rows)
-        failed = vbmi ? vbmi_linear(w, scales, x, y, planes, threads)
-                      : table_linear(w, scales, x, y, threads);
+        failed = vbmi   ? vbmi_linear(w, scales, x, y, planes, threads)
+                 : avx2 ? avx2_linear(w, scales, x, y, planes, threads)
+                        : table_linear(w, scales, x, y, threads);
     free(scales);
     return failed;
 }

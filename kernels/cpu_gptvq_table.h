@@ -54,7 +54,7 @@ static int table_suits(const gptvq_t *w) {
 
 /* acc[r] += the n bytes of each row, looked up, times x. */
 INLINE void look_up(const uint8_t *bytes, i64 stride, i64 n, const float *table, const float *x,
-                    f4 *acc, const int rows, const int each) {
+                    f4 *acc, const int rows, const uint64_t each) {
     f4 sum[ROWS_AT_ONCE];
     for (int r = 0; r < rows; r++) sum[r] = acc[r];
     if (each == 2) {
@@ -62,15 +62,15 @@ INLINE void look_up(const uint8_t *bytes, i64 stride, i64 n, const float *table,
             for (int r = 0; r < rows; r++) {
                 const uint8_t *two = bytes + r * stride + i;
                 f4 entry;
-                memcpy(&entry, table + 2 * two[0], 8);
-                memcpy((float *)&entry + 2, table + 2 * two[1], 8);
+                memcpy(&entry, table + 2 * (uint64_t)two[0], 8);
+                memcpy((float *)&entry + 2, table + 2 * (uint64_t)two[1], 8);
                 sum[r] += entry * *(const f4 *)x;
             }
     } else {
         for (i64 i = 0; i < n; i++, x += each)
             for (int r = 0; r < rows; r++) {
-                const float *entry = table + bytes[r * stride + i] * each;
-                for (int p = 0; p < each; p += 4) sum[r] += *(const f4 *)(entry + p) * *(const f4 *)(x + p);
+                const float *entry = table + (uint64_t)bytes[r * stride + i] * each;
+                for (uint64_t p = 0; p < each; p += 4) sum[r] += *(const f4 *)(entry + p) * *(const f4 *)(x + p);
             }
     }
     for (int r = 0; r < rows; r++) acc[r] = sum[r];
