@@ -15,10 +15,10 @@ from hf_vq_kernels import cpu_build
 from hf_vq_kernels.cpu_common import (
     DTYPES,
     FEW_TOKENS,
+    by_blocks,
     check,
     few_tokens,
     floats,
-    many_tokens,
     pointer,
     refuses_dtype,
 )
@@ -117,10 +117,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
 
         return few_tokens(product, x, rows, bias)
 
-    def decode(first: int, n: int, tile: Tensor) -> None:
-        _decode(matrix, first, n, tile)
-
-    y = many_tokens(x, rows, bias, matrix.vector_dim, decode, transposed=True)
+    y = by_blocks(cpu_build.library().hf_vq_vptq_product, matrix, x, rows, bias)
     del kept  # not before: the structure points to these tensors
     return y
 
