@@ -2,8 +2,10 @@
  * (docs/format.md). Groups of one depth follow each other in the layout, so that the inner loops
  * have no branch; a thread computes blocks of rows of clusters. */
 #include "cpu_cvxq.h"
+#include "cpu_cvxq_decode.h"
 #include "cpu_cvxq_float.h"
 #include "cpu_cvxq_layout.h"
+#include "cpu_product.h"
 
 #if defined(HF_VQ_VBMI)
 #include "cpu_cvxq_vbmi.h"
@@ -81,57 +83,63 @@ static int product_of_thread(const void *context, i64 thread, i64 threads) {
     return failed;
 }
 
-static __attribute__((noinline)) void shift_by(float *values, float by, i64 n) {
-    for (i64 i = 0; i < n; i++) values[i] += by; /* apart: two roundings, not one */
-}
-
-/* scale * level of `rows` rows of group i, of depth b. */
-static void decode_group(const cluster_t *c, int b, i64 i, i64 rows, uint32_t *codes, float *out) {
-    const float *levels = c->w->levels + (1 << b);
-    i64 r = 0;
-    if (b == 0) {
-        for (; r < rows; r++) out[r] = 0;
-        return;
-    }
-    unpack(c->words + c->start[i], ceil_div(b * c->w->group_rows, 32), 0, rows, b, codes);
-#ifdef HF_VQ_VBMI
-    __m512 scale = _mm512_set1_ps(c->scale[i]), table = _mm512_loadu_ps(levels);
-    if (b <= 4) table = _mm512_maskz_loadu_ps((__mmask16)((1u << (1 << b)) - 1), levels);
-    for (; r < rows; r += 16) {
-        __m512i code = _mm512_loadu_si512(codes + r);
-        __m512 level = b <= 4 ? _mm512_permutexvar_ps(code, table)
-                              : _mm512_i32gather_ps(code, levels, 4);
-        _mm512_storeu_ps(out + r, _mm512_mul_ps(level, scale));
-    }
-#else
-    for (; r < rows; r++) out[r] = c->scale[i] * levels[codes[r]];
-#endif
-}
-
 static int decode_of_thread(const void *context, i64 thread, i64 threads) {
     const task_t *task = context;
     const cvxq_t *w = task->w;
     i64 first = task->cluster * w->group_rows;
     i64 all = smaller(task->clusters * w->group_rows, w->rows - first);
-    float *values = allocate((w->group_rows + 16) * 4);
-    uint32_t *codes = allocate((w->group_rows + 16) * 4);
-    int failed = !values || !codes;
-    for (i64 k = 0; k < task->clusters && !failed; k++) {
+    i64 low = w->columns * thread / threads, high = w->columns * (thread + 1) / threads;
+    enum { AT_ONCE = 16 };
+    i64 stride = w->group_rows + 8, cursor[DEPTHS];
+    float *values = allocate(stride * AT_ONCE * 4);
+    if (!values) return 1;
+    for (i64 k = 0; k < task->clusters; k++) {
         i64 m = task->cluster + k, rows = smaller(w->group_rows, w->rows - m * w->group_rows);
         cluster_t c = cluster_at(w, m);
-        for (int b = 0; b < DEPTHS; b++) {
-            i64 n = c.count[b], end = c.at[b] + n * (thread + 1) / threads;
-            for (i64 i = c.at[b] + n * thread / threads; i < end; i++) {
-                decode_group(&c, b, i, rows, codes, values);
-                if (c.location) shift_by(values, c.location[i], rows);
-                i64 at = column_of(&c, i) * all + k * w->group_rows;
-                store(task->out, at, task->dtype, values, rows);
-            }
+        for (int b = 0; b < DEPTHS; b++) { /* columns increase */
+            cursor[b] = c.at[b];
+            while (cursor[b] < c.at[b] + c.count[b] && column_of(&c, cursor[b]) < low) cursor[b]++;
+        }
+        for (i64 j = low; j < high; j += AT_ONCE) {
+            i64 end = smaller(j + AT_ONCE, high);
+            decode_columns(&c, cursor, j, end, 0, rows, values, stride);
+            for (i64 i = j; i < end; i++)
+                store(task->out, i * all + k * w->group_rows, task->dtype,
+                      values + (i - j) * stride, rows);
         }
     }
     free(values);
-    free(codes);
-    return failed;
+    return 0;
+}
+
+/* For cpu_product.h: columns `column` .. `column` + k - 1 of rows of one cluster, or of several. */
+static void decode_block(const void *matrix, i64 row, i64 n, i64 column, i64 k, float *out,
+                         i64 stride, void *scratch) {
+    const cvxq_t *w = matrix;
+    i64(*cursors)[DEPTHS] = scratch;
+    for (i64 r = row; r < row + n; cursors++) {
+        i64 m = r / w->group_rows, in_cluster = r - m * w->group_rows;
+        i64 rows = smaller(w->group_rows - in_cluster, row + n - r);
+        cluster_t c = cluster_at(w, m);
+        if (column == 0) memcpy(*cursors, c.at, sizeof *cursors);
+        decode_columns(&c, *cursors, column, column + k, in_cluster, rows, out + (r - row), stride);
+        r += rows;
+    }
+}
+
+/* y = x @ W.T + bias, rows in the order of the clusters, by decoded blocks. Returns 0, 1 without
+ * memory. */
+EXPORT int hf_vq_cvxq_product(const cvxq_t *w, const void *x, void *y, i64 tokens, int dtype,
+                              const float *bias, i64 threads) {
+    i64 step = w->group_rows;
+    if (step > BLOCK && step % 32 == 0)
+        for (i64 part = 32; part <= BLOCK; part += 32)
+            if (w->group_rows % part == 0) step = part;
+    product_t task = {
+        .matrix = w, .decode = decode_block, .row_step = step, .across = 1, .rows = w->rows,
+        .columns = w->columns, .tokens = tokens, .x = x, .y = y, .dtype = dtype, .bias = bias};
+    task.scratch_bytes = (BLOCK + 1) * DEPTHS * (i64)sizeof(i64);
+    return product(&task, threads);
 }
 
 /* y (tokens, rows), in the order of the clusters, = x (tokens, columns) @ W.T, both float; dtype is

@@ -14,10 +14,10 @@ from hf_vq_kernels import cpu_build
 from hf_vq_kernels.cpu_common import (
     DTYPES,
     FEW_TOKENS,
+    by_blocks,
     check,
     few_tokens,
     floats,
-    many_tokens,
     pointer,
     refuses_dtype,
 )
@@ -153,7 +153,7 @@ def _decode(layout: _Layout, row: int, n: int, tile: Tensor) -> None:
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     packed, bias, geometry = arguments[:6], arguments[6], arguments[7:]
     few = x.numel() // x.shape[-1] < FEW_TOKENS
-    layout, words = _layout(packed, x.shape[-1], geometry, keep=few)
+    layout, words = _layout(packed, x.shape[-1], geometry, keep=True)
     rows = layout.rows
     order = None if packed[5] is None else row_numbers(packed[5])
     if bias is not None and order is not None:
@@ -166,11 +166,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
 
         y = few_tokens(product, x, rows, bias)
     else:
-
-        def decode(row: int, n: int, tile: Tensor) -> None:
-            _decode(layout, row, n, tile)
-
-        y = many_tokens(x, rows, bias, layout.group_rows, decode, transposed=True)
+        y = by_blocks(cpu_build.library().hf_vq_cvxq_product, layout, x, rows, bias)
     del words  # not before: the layout has its address
     # into zeros, because the all-zero permutation of a layer without values names one row only
     return y if order is None else torch.zeros_like(y).index_copy_(-1, order, y)

@@ -62,11 +62,10 @@ def test_made_once(builds: list[int]) -> None:
     assert 14 * groups < layouts.nbytes() < 14 * (groups + 43 * clusters) + 44 * clusters + 64
 
 
-def test_many_tokens_keep_none(builds: list[int]) -> None:
+def test_dequantizing_keeps_none(builds: list[int]) -> None:
     layer = new_layer()
-    layer(torch.randn(40, SPEC.in_features))
     layer.dequantize()
-    assert len(builds) == 2 and layouts.nbytes() == 0
+    assert len(builds) == 1 and layouts.nbytes() == 0
 
 
 @pytest.mark.parametrize("name", ["words", "depths", "scales", "location"])
