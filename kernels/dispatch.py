@@ -222,17 +222,19 @@ def run(operator: str, arguments: tuple[Any, ...]) -> Tensor:
     """
     entries = _entries.get(operator) or _load(operator)
     device = arguments[0].device.type
+    name = forced_backend()
+    if name is None:
+        demanded = _demanded_of(operator, arguments)
+        if demanded is not None:
+            with use_backend(demanded):
+                return run(operator, arguments)
     log = getattr(_state, "log", None)
     decision = None
     if log is not None:
         decision = Decision(operator, _shapes(arguments))
         log.append(decision)
-    name = forced_backend()
-    if name is None:
-        name = _demanded_of(operator, arguments)
-    else:
-        check_name(name)
     if name is not None:
+        check_name(name)
         chosen = [entry for entry in entries if entry.backend.name == name]
         if chosen:
             return _run_forced(chosen[0], device, arguments, decision)
