@@ -114,9 +114,10 @@ static __attribute__((constructor, unused)) void make_lanes(void) {
 }
 #endif
 
-/* Codes first .. first + n - 1 of a stream; out has room for n rounded up to 16. */
-static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i64 first, i64 n,
-                                           int bits, uint32_t *out) {
+/* Codes first .. first + n - 1 of a stream, shifted left by `up`; out has room for n rounded up to
+ * 16. */
+static __attribute__((unused)) void unpack_to(const uint32_t *stream, i64 words, i64 first, i64 n,
+                                              int bits, int up, uint32_t *out) {
     i64 i = 0;
 #ifdef HF_VQ_VBMI
     i64 start = first * bits;
@@ -130,7 +131,8 @@ static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i6
             __mmask64 inside = first_bytes(smaller(left, 2 * bits));
             __m512i codes = _mm512_maskz_loadu_epi8(inside, bytes);
             codes = _mm512_srlv_epi32(_mm512_permutexvar_epi8(picks, codes), shifts);
-            _mm512_storeu_si512(out + i, _mm512_and_si512(codes, mask));
+            codes = _mm512_sll_epi32(_mm512_and_si512(codes, mask), _mm_cvtsi32_si128(up));
+            _mm512_storeu_si512(out + i, codes);
         }
         return;
     }
@@ -148,7 +150,8 @@ static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i6
             __m128i high = _mm_loadu_si128((const void *)(bytes + half));
             __m256i codes = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
             codes = _mm256_srlv_epi32(_mm256_shuffle_epi8(codes, picks), shifts);
-            _mm256_storeu_si256((void *)(out + i), _mm256_and_si256(codes, mask));
+            codes = _mm256_sll_epi32(_mm256_and_si256(codes, mask), _mm_cvtsi32_si128(up));
+            _mm256_storeu_si256((void *)(out + i), codes);
         }
     }
 #endif
@@ -156,10 +159,14 @@ static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i6
         uint32_t mask = (uint32_t)(((uint64_t)1 << bits) - 1);
         for (; i < n; i++) {
             i64 bit = (first + i) * bits;
-            out[i] = stream[bit >> 5] >> (bit & 31) & mask;
+            out[i] = (stream[bit >> 5] >> (bit & 31) & mask) << up;
         }
     }
-    for (; i < n; i++) out[i] = code_at(stream, words, (first + i) * bits, bits);
+    for (; i < n; i++) out[i] = code_at(stream, words, (first + i) * bits, bits) << up;
+}
+
+INLINE void unpack(const uint32_t *stream, i64 words, i64 first, i64 n, int bits, uint32_t *out) {
+    unpack_to(stream, words, first, n, bits, 0, out);
 }
 
 INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays one */

@@ -1,10 +1,12 @@
 /* GPTVQ: vectors of `vector_dim` consecutive columns of a row (docs/format.md).
  *
- * Products of many tokens and dense weights, by decoded blocks. cpu_gptvq_vbmi.h multiplies single
- * tokens without decoding, where tables fit registers. */
-#include "cpu_gptvq.h"
-#include "cpu_product.h"
+ * Products of many tokens and dense weights, by decoded blocks. Single tokens are multiplied
+ * without decoding, by tables in registers (cpu_gptvq_vbmi.h, cpu_gptvq_avx2.h) or in the
+ * first-level cache (cpu_gptvq_table.h), where they fit. */
+#include "cpu_gptvq_avx2.h"
+#include "cpu_gptvq_table.h"
 #include "cpu_gptvq_vbmi.h"
+#include "cpu_product.h"
 
 /* The 16 scales of every block, float (blocks, 16): exact powers, or products of two. */
 static void scale_table(const gptvq_t *w, int exact, float *out) {
@@ -29,41 +31,13 @@ typedef struct {
     i64 first_row, rows;
 } decoding_t;
 
-/* Codebook (stripe, group) as floats (k, d): in place, or expanded to `room`. */
-static const float *codebook(const gptvq_t *w, i64 stripe, i64 group, float *room) {
-    i64 groups = ceil_div(w->rows, w->group_rows);
-    i64 size = w->num_centroids * w->vector_dim, at = stripe * groups + group;
-    if (w->books) return w->books + at * size;
-    const int8_t *stored = w->books8 + at * size;
-    float scale = w->book_scales ? w->book_scales[at] : 1;
-    for (i64 e = 0; e < size; e++) room[e] = (float)stored[e] * scale;
-    return room;
-}
-
 INLINE void copy_entries(const float *books, const uint32_t *codes, i64 n, i64 d, float *out) {
     for (i64 v = 0; v < n; v++) memcpy(out + v * d, books + codes[v] * d, (size_t)d * 4);
-}
-
-/* What each byte of a stream stands for, where codes do not cross bytes: (256, 8 / bits * d). */
-INLINE void fill_table(const float *books, i64 k, int bits, i64 d, float *table) {
-    i64 codes = 8 / bits;
-    for (i64 byte = 0; byte < 256; byte++)
-        for (i64 c = 0; c < codes; c++) {
-            i64 code = byte >> c * bits & ((1 << bits) - 1);
-            memcpy(table + (byte * codes + c) * d, books + smaller(code, k - 1) * d, (size_t)d * 4);
-        }
-}
-
-static void byte_table(const float *books, i64 k, int bits, i64 d, float *table) {
-    if (bits == 4 && d == 2) fill_table(books, k, 4, 2, table);
-    else fill_table(books, k, bits, d, table);
 }
 
 INLINE void copy_bytes(const float *table, const uint8_t *bytes, i64 n, i64 each, float *out) {
     for (i64 i = 0; i < n; i++) memcpy(out + i * each, table + bytes[i] * each, (size_t)each * 4);
 }
-
-enum { TABLE_FLOATS = 16 * 256 };
 
 /* Rows row .. row + n - 1 of one group, columns of one stripe; see product_t. Through a table of
  * bytes where that saves more than it costs. */
@@ -71,9 +45,9 @@ static void decode_piece(const gptvq_t *w, const float *books, i64 row, i64 n, i
                          float *out, i64 stride, float *table) {
     i64 d = w->vector_dim, vectors = ceil_div(w->columns, d), first = column / d, m = ceil_div(k, d);
     int bits = bits_of(w->num_centroids);
-    i64 words = ceil_div(vectors * bits, 32), each = bits && bits <= 8 ? 8 / bits * d : 0;
-    int whole = bits && 8 % bits == 0 && first * bits % 8 == 0 && m * bits % 8 == 0;
-    if (whole && (each == 2 || each == 4 || each == 8 || each == 16) && n * m * bits / 8 >= 512) {
+    i64 words = ceil_div(vectors * bits, 32), each = floats_of_byte(w);
+    int whole = each && first * bits % 8 == 0 && m * bits % 8 == 0;
+    if (whole && n * m * bits / 8 >= 512) {
         if (bits < 8) byte_table(books, w->num_centroids, bits, d, table);
         const float *from = bits < 8 ? table : books;
         for (i64 r = 0; r < n; r++, out += stride) {
@@ -140,7 +114,9 @@ static float *scales_of(const gptvq_t *w, int exact) {
 }
 
 /* Up to how many tokens hf_vq_gptvq_linear is the faster way. */
-EXPORT i64 hf_vq_gptvq_most_tokens(const gptvq_t *w) { return vbmi_suits(w) ? 5 : 0; }
+EXPORT i64 hf_vq_gptvq_most_tokens(const gptvq_t *w) {
+    return vbmi_suits(w) ? 5 : avx2_suits(w) || table_suits(w) ? 3 : 0;
+}
 
 /* y (tokens, rows) = x (tokens, columns) @ W.T, both float. `planes`: bytes that x may be rounded
  * to, 2 (16 bits of the largest of a few columns) or 3. For hf_vq_gptvq_most_tokens at most.
@@ -149,8 +125,11 @@ EXPORT int hf_vq_gptvq_linear(const gptvq_t *w, const float *x, float *y, i64 to
                               i64 threads) {
     float *scales = scales_of(w, 0);
     int failed = !scales;
-    for (i64 i = 0; i < tokens && !failed; i++)
-        failed = vbmi_linear(w, scales, x + i * w->columns, y + i * w->rows, planes, threads);
+    int vbmi = vbmi_suits(w), avx2 = avx2_suits(w);
+    for (i64 i = 0; i < tokens && !failed; i++, x += w->columns, y += w->rows)
+        failed = vbmi   ? vbmi_linear(w, scales, x, y, planes, threads)
+                 : avx2 ? avx2_linear(w, scales, x, y, planes, threads)
+                        : table_linear(w, scales, x, y, threads);
     free(scales);
     return failed;
 }

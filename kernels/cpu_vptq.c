@@ -8,6 +8,7 @@
 typedef struct {
     const int32_t *indices;          /* (groups, blocks, words) */
     const float *books, *res_books;  /* (groups, K or R, width), res_books or NULL */
+    const uint16_t *half_books;      /* for hf_vq_vptq_linear: as float16, width 8, not `books`; or NULL */
     const int16_t *outlier_indices;  /* (outlier_blocks, outliers), or NULL */
     const float *outlier_books;      /* (K0, outlier_width) */
     const int16_t *perm;             /* (columns,), or NULL */
@@ -17,6 +18,18 @@ typedef struct {
 } vptq_t;
 
 enum { AT_ONCE = 4, CHUNK = 64, WIDEST = 16 };
+#if defined(__F16C__) && defined(__FMA__) && defined(__AVX2__)
+#define HALF_BOOKS 1
+#endif
+
+/* Whether `half_books` can be used. */
+EXPORT int hf_vq_vptq_half_books(void) {
+#ifdef HALF_BOOKS
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 typedef struct {
     const vptq_t *w;
@@ -38,14 +51,13 @@ INLINE void offsets(const vptq_t *w, i64 group, i64 block, i64 first, i64 n, uin
     i64 blocks = ceil_div(w->rows, w->vector_dim), per_group = (w->columns - w->outliers) / w->groups;
     int bits = (int)(w->main_bits + w->res_bits);
     i64 words = ceil_div(per_group * bits, 32);
-    unpack((const uint32_t *)w->indices + (group * blocks + block) * words, words, first, n, bits, at);
+    const uint32_t *stream = (const uint32_t *)w->indices + (group * blocks + block) * words;
+    int up = w->width == 4 ? 2 : w->width == 8 ? 3 : 4;
+    unpack_to(stream, words, first, n, bits, w->res_books ? 0 : up, at);
     uint32_t mask = ((uint32_t)1 << w->main_bits) - 1, width = (uint32_t)w->width;
-    if (w->res_books) {
-        for (i64 i = 0; i < n; i++) res_at[i] = (at[i] >> w->main_bits) * width;
-        for (i64 i = 0; i < n; i++) at[i] = (at[i] & mask) * width;
-    } else {
-        for (i64 i = 0; i < n; i++) at[i] *= width;
-    }
+    if (!w->res_books) return;
+    for (i64 i = 0; i < n; i++) res_at[i] = (at[i] >> w->main_bits) * width;
+    for (i64 i = 0; i < n; i++) at[i] = (at[i] & mask) * width;
 }
 
 /* sums[block] += entries of n columns times x, for m <= AT_ONCE blocks. */
@@ -76,6 +88,23 @@ MULTIPLY(multiply_4, f4, 1)
 MULTIPLY(multiply_8, f8, 1)
 MULTIPLY(multiply_16, f8, 2)
 
+/* multiply_8 with entries in float16: twice as many of a large codebook stay in a cache. */
+static void multiply_half(const uint16_t *book, uint32_t (*at)[CHUNK], const float *x, i64 n, i64 m,
+                          float (*sums)[WIDEST]) {
+#ifdef HALF_BOOKS
+    __m256 sum[AT_ONCE];
+    for (i64 i = 0; i < AT_ONCE; i++) sum[i] = _mm256_loadu_ps(sums[i]);
+    for (i64 j = 0; j < n; j++)
+        for (i64 i = 0; i < AT_ONCE; i++) {
+            __m256 entry = _mm256_cvtph_ps(_mm_loadu_si128((const void *)(book + at[i][j])));
+            sum[i] = _mm256_fmadd_ps(entry, _mm256_set1_ps(x[j]), sum[i]);
+        }
+    for (i64 i = 0; i < m; i++) _mm256_storeu_ps(sums[i], sum[i]);
+#else
+    (void)book, (void)at, (void)x, (void)n, (void)m, (void)sums;
+#endif
+}
+
 static void multiply(i64 width, const float *book, uint32_t (*at)[CHUNK], const float *x, i64 n,
                      i64 m, float (*sums)[WIDEST]) {
     if (width == 4) multiply_4(book, at, x, n, m, sums);
@@ -101,7 +130,9 @@ static int product_of_thread(const void *context, i64 thread, i64 threads) {
             for (i64 j = 0; j < per_group; j += CHUNK) {
                 i64 n = smaller(CHUNK, per_group - j);
                 for (i64 i = 0; i < m; i++) offsets(w, group, block + i, j, n, at[i], res_at[i]);
-                multiply(w->width, w->books + group * w->entries * w->width, at, x + j, n, m, sums);
+                i64 book = group * w->entries * w->width;
+                if (w->half_books) multiply_half(w->half_books + book, at, x + j, n, m, sums);
+                else multiply(w->width, w->books + book, at, x + j, n, m, sums);
                 if (w->res_books)
                     multiply(w->width, w->res_books + group * w->res_entries * w->width, res_at,
                              x + j, n, m, sums);
