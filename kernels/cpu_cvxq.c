@@ -142,15 +142,34 @@ EXPORT int hf_vq_cvxq_product(const cvxq_t *w, const void *x, void *y, i64 token
     return product(&task, threads);
 }
 
-/* y (tokens, rows), in the order of the clusters, = x (tokens, columns) @ W.T, both float; dtype is
- * that of the activations and says how exact they are. Returns 0, 1 without memory. */
-EXPORT int hf_vq_cvxq_linear(const cvxq_t *w, int dtype, const float *x, float *y, i64 tokens,
-                             i64 threads) {
-    int failed = 0;
+/* y (tokens, rows) = x (tokens, columns) @ W.T + bias, of one dtype, token by token. `perm`: which row
+ * of y is where in the order of the clusters, of 2 bytes (unsigned) or 4, or NULL. `bias` is in the
+ * order of y. Returns 0, 1 without memory, 2 for rows beyond the matrix. */
+EXPORT int hf_vq_cvxq_linear(const cvxq_t *w, int dtype, const void *x, const float *bias,
+                             const void *perm, int perm_bytes, void *y, i64 tokens, i64 threads) {
+    float *entries = allocate(w->columns * 4), *sums = allocate(w->rows * 8);
+    float *line = sums + w->rows;
+    int failed = !entries || !sums;
+    threads = smaller(threads, 1 + w->rows * w->columns / 65536); /* starting one takes time */
     for (i64 i = 0; i < tokens && !failed; i++) {
-        task_t task = {w, x + i * w->columns, y + i * w->rows, NULL, dtype, 0, 0};
+        load(x, i * w->columns, dtype, entries, w->columns);
+        task_t task = {w, entries, sums, NULL, dtype, 0, 0};
         failed = parallel(product_of_thread, &task, threads);
+        if (perm) { /* of zeros, in a layer without values: those rows that it leaves out are zero */
+            memset(line, 0, (size_t)w->rows * 4);
+            for (i64 r = 0; r < w->rows; r++) {
+                i64 row = perm_bytes == 2 ? ((const uint16_t *)perm)[r] : ((const int32_t *)perm)[r];
+                if (row < 0 || row >= w->rows) failed = 2;
+                else line[row] = sums[r];
+            }
+        }
+        float *result = perm ? line : sums;
+        if (bias)
+            for (i64 r = 0; r < w->rows; r++) result[r] += bias[r];
+        store(y, i * w->rows, dtype, result, w->rows);
     }
+    free(entries);
+    free(sums);
     return failed;
 }
 

@@ -7,6 +7,7 @@ cluster by depth with where their codes start and their scales, is a layout (lay
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from hf_vq_kernels.cpu_common import (
     FEW_TOKENS,
     by_blocks,
     check,
-    few_tokens,
     floats,
     pointer,
     refuses_dtype,
@@ -129,7 +129,7 @@ def _layout(
 
     One that is kept is used; a new one is kept where `keep` says so.
     """
-    words: Tensor = packed[0].detach().contiguous()
+    words: Tensor = packed[0].contiguous()
     tensors = tuple(t for t in packed[:5] if t is not None)
     key = (columns, geometry, packed[2].dtype, packed[4] is None or packed[4].dtype)
     layout = LAYOUTS.find(tensors, key)
@@ -150,23 +150,41 @@ def _decode(layout: _Layout, row: int, n: int, tile: Tensor) -> None:
     check(status, "hf_vq::cvxq")
 
 
+@functools.cache
+def _few() -> Any:
+    """The C function of a few tokens, which takes plain numbers."""
+    function = cpu_build.library().hf_vq_cvxq_linear
+    address, number, many = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    function.argtypes = (
+        ctypes.POINTER(_Layout), number, address, address, address, number, address, many, many
+    )  # fmt: skip
+    return function
+
+
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     packed, bias, geometry = arguments[:6], arguments[6], arguments[7:]
-    few = x.numel() // x.shape[-1] < FEW_TOKENS
+    perm: Tensor | None = packed[5]
     layout, words = _layout(packed, x.shape[-1], geometry, keep=True)
-    rows = layout.rows
-    order = None if packed[5] is None else row_numbers(packed[5])
+    rows = geometry[0]
+    tokens = x.numel() // x.shape[-1]
+    if tokens < FEW_TOKENS:
+        x = x.contiguous()
+        y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+        bias = floats(bias)
+        if perm is not None:
+            perm = perm.contiguous()
+        status = _few()(
+            layout, DTYPES[x.dtype], x.data_ptr(), pointer(bias), pointer(perm),
+            0 if perm is None else perm.element_size(), y.data_ptr(), tokens,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        check(status, "hf_vq::cvxq_linear")
+        del words  # not before: the layout has its address
+        return y
+    order = None if perm is None else row_numbers(perm)
     if bias is not None and order is not None:
         bias = bias.detach().index_select(0, order)
-    if few:
-        linear = cpu_build.library().hf_vq_cvxq_linear
-
-        def product(*rest: Any) -> int:
-            return linear(ctypes.byref(layout), DTYPES[x.dtype], *rest)
-
-        y = few_tokens(product, x, rows, bias)
-    else:
-        y = by_blocks(cpu_build.library().hf_vq_cvxq_product, layout, x, rows, bias)
+    y = by_blocks(cpu_build.library().hf_vq_cvxq_product, layout, x, rows, bias)
     del words  # not before: the layout has its address
     # into zeros, because the all-zero permutation of a layer without values names one row only
     return y if order is None else torch.zeros_like(y).index_copy_(-1, order, y)

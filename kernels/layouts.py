@@ -36,14 +36,16 @@ class Layouts(Generic[T]):
         marks, known, layout = found
         if key != known or len(marks) != len(tensors):
             return None
-        for (storage, version, offset), tensor in zip(marks, tensors, strict=True):
-            if (
-                storage() is not tensor.untyped_storage()
-                or tensor.is_inference()
-                or version != tensor._version
-                or offset != tensor.storage_offset()
-            ):
-                return None
+        try:
+            for (storage, version, offset), tensor in zip(marks, tensors, strict=True):
+                if (
+                    storage() is not tensor.untyped_storage()
+                    or version != tensor._version
+                    or offset != tensor.storage_offset()
+                ):
+                    return None
+        except RuntimeError:  # an inference tensor, which has no version
+            return None
         return layout
 
     def keep(self, tensors: tuple[Tensor, ...], key: Hashable, layout: T) -> None:
