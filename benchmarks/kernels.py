@@ -1,14 +1,16 @@
 """Packed layers on a CPU beside torch's dense ones: time, bytes read per second, error.
 
     python benchmarks/kernels.py [--tokens 1,4,64] [--shapes 4096x4096,14336x4096] [--repeat N]
-                                 [--threads N] [--cpu-time] [--out FILE.md]
+                                 [--threads N] [--cpu-time] [--dtype bfloat16]
+                                 [--out FILE.md] [--append]
 
 Codes are random, geometries those the planner takes (or near them). The peer is `F.linear` in
-bfloat16, timed alternately with the packed layer; both go round copies of their weights of some
-hundred megabytes in all, which is more than most caches, if not all last-level ones, hold. Medians.
+the same dtype, timed alternately with the packed layer; both go round copies of their weights of
+some hundred megabytes in all, which is more than most caches, if not all last-level ones, hold.
+Medians. --append: to the file instead of over it.
 --cpu-time: with one thread, the CPU time of it instead, where other programs use the machine too.
 GB/s counts the packed tensors; its share is of a memory copy (read and write) measured in the same
-run. The error is that of bfloat16 in and out to float32 arithmetic on the decoded weight.
+run. The error is that of the dtype in and out to float32 arithmetic on the decoded weight.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import datetime
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -136,6 +139,16 @@ def packed_product(
     return lambda i: linear(x, copies[i % len(copies)])
 
 
+def processor() -> str:
+    """Its name where Linux tells it, else its architecture."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", default="1,4,64")
@@ -144,6 +157,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--append", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     if options.cpu_time:
@@ -151,6 +166,7 @@ def main() -> None:
         clock, options.threads = time.thread_time, 1
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
     lines: list[str] = []
 
     def say(line: str) -> None:
@@ -161,11 +177,13 @@ def main() -> None:
     target = torch.empty_like(source)
     copy = 2 * source.numel() / alternate([lambda i: target.copy_(source)], 5)[0]
     reason = cpu_build.unavailable()
+    say(f"`python benchmarks/kernels.py {' '.join(sys.argv[1:])}`")
+    say("")
     say(
-        f"{platform.machine()}, {options.threads} "
+        f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {options.threads} "
         f"threads, torch {torch.__version__}, {datetime.date.today()}; memory copy "
         f"{copy / 1e9:.1f} GB/s; compiled backend: {reason or 'yes'}. Medians of {options.repeat}"
-        f"{', CPU time of the thread' if options.cpu_time else ''}."
+        f"{', CPU time of the thread' if options.cpu_time else ''}. {options.dtype}."
     )
     say("")
     say(
@@ -175,7 +193,7 @@ def main() -> None:
     say("|---|---|---|---|---|---|---|---|---|---|")
     for shape in options.shapes.split(","):
         out, width = map(int, shape.split("x"))
-        weight = torch.randn(out, width).bfloat16()
+        weight = torch.randn(out, width).to(dtype)
         dense = [weight.clone() for _ in range(max(2, int(DENSE_BYTES / weight.nbytes)))]
         for name, make in CASES.items():
             if options.cases not in name:
@@ -188,9 +206,11 @@ def main() -> None:
             ]
             reference = dequantize(packed)
             for tokens in map(int, options.tokens.split(",")):
-                x = torch.randn(tokens, width).bfloat16()
+                x = torch.randn(tokens, width).to(dtype)
                 y, right = linear(x, packed).float(), x.float() @ reference.T
                 error = float((y - right).norm() / right.norm())
+                for other in copies:  # layouts at run time are made by the first call
+                    linear(x, other)
                 theirs, ours = alternate(
                     [dense_product(x, dense), packed_product(x, copies, linear)], options.repeat
                 )
@@ -200,7 +220,8 @@ def main() -> None:
                     f"{size / ours / 1e9:.1f} | {size / ours / copy:.0%} | {error:.1e} |"
                 )
     if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+        with options.out.open("a" if options.append else "w") as file:
+            file.write(("\n" if options.append else "") + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

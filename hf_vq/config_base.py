@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from hf_vq_kernels.dispatch import check_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_vq.formats import FORMATS, check_version
@@ -29,6 +30,7 @@ RUNTIME_FIELDS = (
     "max_memory",
     "offload_folder",
     "dequantize",
+    "backend",
     "measurement",
 )
 RECORDED_FIELDS = (
@@ -96,6 +98,7 @@ class VQConfig(QuantizationConfigMixin):
         max_memory: dict | None,
         offload_folder: str | None,
         dequantize: bool,
+        backend: str | None = None,
         measurement: Any = None,
         **fields: Any,
     ) -> None:
@@ -117,6 +120,7 @@ class VQConfig(QuantizationConfigMixin):
         self.max_memory = max_memory
         self.offload_folder = offload_folder
         self.dequantize = bool(dequantize)
+        self.backend = _check_backend(backend)
         self.measurement = _check_path("measurement", measurement)
         self.recorded: dict[str, Any] = {}
         self.unknown: dict[str, Any] = {}
@@ -290,13 +294,24 @@ class VQConfig(QuantizationConfigMixin):
         """
         return {
             "dequantize": self.dequantize,
-            "asked_to_quantize": not self.dequantize and not self.is_quantized,
+            "backend": self.backend,
+            "asked_to_quantize": not (self.dequantize or self.backend or self.is_quantized),
         }
 
 
 def _suggest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, sorted(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _check_backend(name: Any) -> str | None:
+    if name is None or name == "auto":
+        return None
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise ValueError(f"backend: {error}") from None
+    return str(name)
 
 
 def refuse_unknown(cls: type[VQConfig], unknown: dict[str, Any]) -> None:

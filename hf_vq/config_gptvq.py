@@ -63,6 +63,8 @@ class GPTVQConfig(VQConfig):
         max_memory, offload_folder: for dispatching the packed model, as in `from_pretrained`,
             which does not hand its own on. Runtime only.
         dequantize: load a packed checkpoint as a dense model. Runtime only.
+        backend: which implementation of the operators computes (docs/operators.md), "torch", "c",
+            "triton"; None: the first that can. Runtime only, also for a packed checkpoint.
         measurement: file of the backward pass behind allocation="measured": written if there is
             none, used instead of another pass if there is. Runtime only.
 
@@ -152,6 +154,7 @@ class GPTVQConfig(VQConfig):
         max_memory: dict | None = None,
         offload_folder: str | None = None,
         dequantize: bool = False,
+        backend: str | None = None,
         measurement: Any = None,
         **unknown: Any,
     ) -> None:
@@ -165,6 +168,7 @@ class GPTVQConfig(VQConfig):
             max_memory=max_memory,
             offload_folder=offload_folder,
             dequantize=dequantize,
+            backend=backend,
             measurement=measurement,
             bits=bits,
             size=size,

@@ -287,6 +287,14 @@ def finish(model: nn.Module) -> None:
             tensor.requires_grad_(False)
 
 
+def set_backend(model: nn.Module, name: str | None) -> None:
+    """Force a backend of the operators for every packed layer of a model, or none."""
+    if name is not None:
+        for layer in model.modules():
+            if isinstance(layer, Packed):
+                layer.set_backend(name)
+
+
 def _modernize(model: nn.Module, name: str, layer: Any) -> None:
     known, tensors = FORMATS[layer.spec.method], layer.packed()
     if known.is_current(layer.spec):

@@ -131,6 +131,7 @@ class VQHfQuantizer(HfQuantizer):
         _forget_nested_config(model.config)
         self.report = _read_beside(self._files, REPORT_NAME)
         self.evaluation = _read_beside(self._files, EVALUATION_NAME)
+        loading.set_backend(model, self.quantization_config.backend)
         if self.quantization_config.dequantize:
             return self._dequantize(model, self.compute_dtype)
         return model
@@ -175,6 +176,7 @@ class VQHfQuantizer(HfQuantizer):
             self.report["gains"] = dict(plan.gains)
         self.pre_quantized = True
         _prepare_for_peft(model)
+        loading.set_backend(model, config.backend)
         dispatch.dispatch(model, self._device_map, config.max_memory, config.offload_folder)
         return model
 

@@ -4,9 +4,11 @@ bits.py: the bit stream every format shares; ops.py (gptvq), vptq_ops.py and cvx
 operators (schema, default implementation, shape inference, gradients); embedding_ops.py: rows of
 packed tables; reference.py and those of the others: what they compute, written to be read;
 dispatch.py: which backend computes, and why; lookup.py and autograd.py: what the operators have in
-common; levels.py: the numbers that CVXQ's codes stand for.
+common; levels.py: the numbers that CVXQ's codes stand for; layouts.py: what is kept beside packed
+tensors at run time.
 """
 
+from hf_vq_kernels import layouts
 from hf_vq_kernels.bits import unpack_bits
 from hf_vq_kernels.cvxq_ops import cvxq_dequantize, cvxq_linear
 from hf_vq_kernels.dispatch import explain, use_backend
@@ -22,6 +24,7 @@ __all__ = [
     "gptvq_dequantize",
     "gptvq_embedding",
     "gptvq_linear",
+    "layouts",
     "unpack_bits",
     "use_backend",
     "vptq_dequantize",

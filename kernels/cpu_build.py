@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-_SOURCES = ("cpu_gptvq.c", "cpu_vptq.c", "cpu_cvxq.c")
+_SOURCES = ("cpu_gptvq.c", "cpu_vptq.c", "cpu_cvxq.c", "cpu_product.c")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno")
 # Tried in this order: not every compiler knows the processor or has OpenMP.
 _VARIANTS = (

@@ -13,6 +13,8 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512DQ__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #define HF_VQ_VBMI 1
+#endif
+#if defined(HF_VQ_VBMI) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -91,23 +93,31 @@ INLINE __mmask64 first_bytes(i64 n) {
 }
 #endif
 
+#if defined(HF_VQ_VBMI) || defined(__AVX2__)
+/* How LANE_CODES codes of b bits become lanes of 32: which bytes, and where in them. */
 #ifdef HF_VQ_VBMI
-/* How 16 codes of b bits, in 2 * b bytes, become lanes: which bytes, and where in them. */
+enum { LANE_CODES = 16 }; /* in 2 * b bytes */
+#else
+enum { LANE_CODES = 8 }; /* in b bytes: four from the first on, four from byte b / 2 on */
+#endif
 static struct {
-    uint8_t pick[64];
-    uint32_t shift[16];
+    uint8_t pick[4 * LANE_CODES];
+    uint32_t shift[LANE_CODES];
 } lanes_of[26];
 static __attribute__((constructor, unused)) void make_lanes(void) {
     for (int b = 0; b < 26; b++)
-        for (int c = 0; c < 16; c++) {
-            lanes_of[b].shift[c] = (uint32_t)(c * b & 7);
-            for (int i = 0; i < 4; i++) lanes_of[b].pick[4 * c + i] = (uint8_t)((c * b >> 3) + i);
+        for (int c = 0; c < LANE_CODES; c++) {
+            int bit = LANE_CODES == 16 ? c * b : c % 4 * b + (c < 4 ? 0 : 4 * b % 8);
+            lanes_of[b].shift[c] = (uint32_t)(bit & 7);
+            for (int i = 0; i < 4; i++) lanes_of[b].pick[4 * c + i] = (uint8_t)((bit >> 3) + i);
         }
 }
 #endif
 
-/* Codes first .. first + n - 1 of a stream; out has room for n rounded up to 16. */
-static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i64 first, i64 n, int bits, uint32_t *out) {
+/* Codes first .. first + n - 1 of a stream, shifted left by `up`; out has room for n rounded up to
+ * 16. */
+static __attribute__((unused)) void unpack_to(const uint32_t *stream, i64 words, i64 first, i64 n,
+                                              int bits, int up, uint32_t *out) {
     i64 i = 0;
 #ifdef HF_VQ_VBMI
     i64 start = first * bits;
@@ -121,19 +131,42 @@ static __attribute__((unused)) void unpack(const uint32_t *stream, i64 words, i6
             __mmask64 inside = first_bytes(smaller(left, 2 * bits));
             __m512i codes = _mm512_maskz_loadu_epi8(inside, bytes);
             codes = _mm512_srlv_epi32(_mm512_permutexvar_epi8(picks, codes), shifts);
-            _mm512_storeu_si512(out + i, _mm512_and_si512(codes, mask));
+            codes = _mm512_sll_epi32(_mm512_and_si512(codes, mask), _mm_cvtsi32_si128(up));
+            _mm512_storeu_si512(out + i, codes);
         }
         return;
+    }
+#endif
+#if defined(__AVX2__) && !defined(HF_VQ_VBMI)
+    i64 begin = first * bits;
+    if (bits <= 25 && begin % 8 == 0) { /* 8 codes are `bits` whole bytes */
+        __m256i picks = _mm256_loadu_si256((const void *)lanes_of[bits].pick);
+        __m256i shifts = _mm256_loadu_si256((const void *)lanes_of[bits].shift);
+        __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+        const uint8_t *bytes = (const uint8_t *)stream + begin / 8, *end = (const uint8_t *)(stream + words);
+        i64 half = 4 * bits / 8;
+        for (; i + 8 <= n && bytes + half + 16 <= end; i += 8, bytes += bits) {
+            __m128i low = _mm_loadu_si128((const void *)bytes);
+            __m128i high = _mm_loadu_si128((const void *)(bytes + half));
+            __m256i codes = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+            codes = _mm256_srlv_epi32(_mm256_shuffle_epi8(codes, picks), shifts);
+            codes = _mm256_sll_epi32(_mm256_and_si256(codes, mask), _mm_cvtsi32_si128(up));
+            _mm256_storeu_si256((void *)(out + i), codes);
+        }
     }
 #endif
     if (32 % bits == 0) { /* no code crosses a word */
         uint32_t mask = (uint32_t)(((uint64_t)1 << bits) - 1);
         for (; i < n; i++) {
             i64 bit = (first + i) * bits;
-            out[i] = stream[bit >> 5] >> (bit & 31) & mask;
+            out[i] = (stream[bit >> 5] >> (bit & 31) & mask) << up;
         }
     }
-    for (; i < n; i++) out[i] = code_at(stream, words, (first + i) * bits, bits);
+    for (; i < n; i++) out[i] = code_at(stream, words, (first + i) * bits, bits) << up;
+}
+
+INLINE void unpack(const uint32_t *stream, i64 words, i64 first, i64 n, int bits, uint32_t *out) {
+    unpack_to(stream, words, first, n, bits, 0, out);
 }
 
 INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays one */
@@ -144,6 +177,22 @@ INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays on
 }
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* n elements from `at` on of an array of the dtype, as float. */
+INLINE void load(const void *from, i64 at, int dtype, float *values, i64 n) {
+    if (dtype == FLOAT32) {
+        memcpy(values, (const float *)from + at, (size_t)n * 4);
+    } else if (dtype == BFLOAT16) {
+        const uint16_t *stored = (const uint16_t *)from + at;
+        for (i64 i = 0; i < n; i++) {
+            uint32_t bits = (uint32_t)stored[i] << 16;
+            memcpy(values + i, &bits, 4);
+        }
+    } else {
+        const _Float16 *stored = (const _Float16 *)from + at;
+        for (i64 i = 0; i < n; i++) values[i] = (float)stored[i];
+    }
+}
 
 /* n floats to element `at` of an array of the dtype. */
 INLINE void store(void *out, i64 at, int dtype, const float *values, i64 n) {

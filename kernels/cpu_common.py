@@ -66,6 +66,29 @@ def few_tokens(
     return y.to(x.dtype).view(*x.shape[:-1], rows)
 
 
+def by_blocks(
+    function: Callable[..., int],
+    matrix: ctypes.Structure,
+    x: Tensor,
+    rows: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """x (..., columns) @ W.T + bias by decoded blocks (cpu_product.h), summed in float32.
+
+    `function(matrix, x, y, tokens, dtype, bias, threads)` is the C function of a format.
+    """
+    flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    y = torch.empty((flat.shape[0], rows), dtype=x.dtype)
+    bias = floats(bias)
+    status = function(
+        ctypes.byref(matrix), ctypes.c_void_p(flat.data_ptr()), ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_int64(flat.shape[0]), DTYPES[x.dtype], ctypes.c_void_p(pointer(bias)),
+        ctypes.c_int64(torch.get_num_threads()),
+    )  # fmt: skip
+    check(status, "many tokens")
+    return y.view(*x.shape[:-1], rows)
+
+
 def many_tokens(
     x: Tensor,
     rows: int,

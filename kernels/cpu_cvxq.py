@@ -1,11 +1,13 @@
 """The "c" backend of the CVXQ operators on CPUs: cpu_cvxq.c and what prepares its arguments.
 
-It reads the tensors as they are stored; where groups start is summed in every call.
+Codes are read where they are stored. What else a product of a few tokens needs, the groups of every
+cluster by depth with where their codes start and their scales, is a layout (layouts.py).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -13,20 +15,20 @@ from hf_vq_kernels import cpu_build
 from hf_vq_kernels.cpu_common import (
     DTYPES,
     FEW_TOKENS,
+    by_blocks,
     check,
-    few_tokens,
     floats,
-    many_tokens,
     pointer,
     refuses_dtype,
 )
 from hf_vq_kernels.cvxq_reference import row_numbers
 from hf_vq_kernels.dispatch import Backend
+from hf_vq_kernels.layouts import Layouts
 from hf_vq_kernels.levels import level_table_on
 from torch import Tensor
 
 
-class _Matrix(ctypes.Structure):
+class _Stored(ctypes.Structure):
     _fields_ = (
         ("words", ctypes.c_void_p),
         ("depths", ctypes.c_void_p),
@@ -35,7 +37,6 @@ class _Matrix(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("location8", ctypes.c_void_p),
         ("location", ctypes.c_void_p),
-        ("levels", ctypes.c_void_p),
         ("num_words", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
@@ -43,12 +44,46 @@ class _Matrix(ctypes.Structure):
     )
 
 
+class _Layout(ctypes.Structure):
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        ("count", ctypes.c_void_p),
+        ("start", ctypes.c_void_p),
+        ("column", ctypes.c_void_p),
+        ("column_high", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("location", ctypes.c_void_p),
+        ("num_words", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group_rows", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+    )
+    tensors: tuple[Tensor | None, ...]
+    """What the pointers but `words` point to."""
+
+
+def _nbytes(layout: _Layout) -> int:
+    return sum(t.nbytes for t in layout.tensors[1:] if t is not None)
+
+
+LAYOUTS = Layouts(_nbytes)
+"""10 bytes per group, 2 more beyond 65536 columns, 4 more with locations, 44 per cluster."""
+_PADDED = 4  # as in cpu_cvxq.h
+
+
 def _plain(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().contiguous()
 
 
-def _matrix(packed: tuple[Any, ...], columns: int, geometry: tuple[Any, ...]) -> Any:
-    """The structure, the first word of every cluster, and the tensors that both point to."""
+def _threads() -> ctypes.c_int64:
+    return ctypes.c_int64(torch.get_num_threads())
+
+
+def _build(packed: tuple[Any, ...], columns: int, geometry: tuple[Any, ...]) -> _Layout:
+    """A layout, without the address of the words."""
     words, depths, scales, grid, location, _ = packed
     rows, group_rows, levels = geometry
     coded = grid is not None
@@ -61,70 +96,118 @@ def _matrix(packed: tuple[Any, ...], columns: int, geometry: tuple[Any, ...]) ->
         None if coded else floats(scales),
         _plain(location) if in_units else None,
         None if in_units else floats(location),
-        level_table_on(levels, words.device),
     )
-    matrix = _Matrix(*map(pointer, kept), words.numel(), rows, columns, group_rows)
-    first = torch.empty(scales.shape[0] + 1, dtype=torch.int64)
-    cpu_build.library().hf_vq_cvxq_first_words(
-        ctypes.byref(matrix), ctypes.c_void_p(first.data_ptr()),
-        ctypes.c_int64(torch.get_num_threads()),
-    )  # fmt: skip
-    return matrix, first, kept
+    stored = _Stored(*map(pointer, kept), words.numel(), rows, columns, group_rows)
+    clusters = scales.shape[0]
+    stride = -(-(columns + 9 * (_PADDED - 1)) // 16) * 16
+    ahead = 16  # prefetching looks beyond the last slot
+    shape = (clusters, stride)
+    with torch.inference_mode(False):
+        tensors = (
+            level_table_on(levels, words.device),
+            torch.empty(clusters, dtype=torch.int64),
+            torch.empty((clusters, 9), dtype=torch.int32),
+            torch.zeros(clusters * stride + ahead, dtype=torch.int32),
+            torch.empty(shape, dtype=torch.int16),
+            torch.empty(shape, dtype=torch.int16) if columns > 2**16 else None,
+            torch.empty(shape, dtype=torch.float32),
+            None if location is None else torch.empty(shape, dtype=torch.float32),
+        )
+    layout = _Layout(None, *map(pointer, tensors), words.numel(), rows, columns, group_rows, stride)
+    layout.tensors = tensors
+    status = cpu_build.library().hf_vq_cvxq_layout(
+        ctypes.byref(stored), ctypes.byref(layout), _threads()
+    )
+    check(status, "hf_vq::cvxq")
+    return layout
 
 
-def _decode(matrix: _Matrix, first: Tensor, row: int, n: int, tile: Tensor) -> None:
-    clusters = -(-n // matrix.group_rows)
+def _layout(
+    packed: tuple[Any, ...], columns: int, geometry: tuple[Any, ...], keep: bool
+) -> tuple[_Layout, Tensor]:
+    """The layout with the address of the words, and the tensor that is at that address.
+
+    One that is kept is used; a new one is kept where `keep` says so.
+    """
+    words: Tensor = packed[0].contiguous()
+    tensors = tuple(t for t in packed[:5] if t is not None)
+    key = (columns, geometry, packed[2].dtype, packed[4] is None or packed[4].dtype)
+    layout = LAYOUTS.find(tensors, key)
+    if layout is None:
+        layout = _build(packed, columns, geometry)
+        if keep:
+            LAYOUTS.keep(tensors, key, layout)
+    layout.words = words.data_ptr()
+    return layout, words
+
+
+def _decode(layout: _Layout, row: int, n: int, tile: Tensor) -> None:
     status = cpu_build.library().hf_vq_cvxq_decode(
-        ctypes.byref(matrix), ctypes.c_void_p(first.data_ptr()),
-        ctypes.c_int64(row // matrix.group_rows), ctypes.c_int64(clusters), DTYPES[tile.dtype],
-        ctypes.c_void_p(tile.data_ptr()), ctypes.c_int64(torch.get_num_threads()),
+        ctypes.byref(layout), ctypes.c_int64(row // layout.group_rows),
+        ctypes.c_int64(-(-n // layout.group_rows)), DTYPES[tile.dtype],
+        ctypes.c_void_p(tile.data_ptr()), _threads(),
     )  # fmt: skip
     check(status, "hf_vq::cvxq")
 
 
+@functools.cache
+def _few() -> Any:
+    """The C function of a few tokens, which takes plain numbers."""
+    function = cpu_build.library().hf_vq_cvxq_linear
+    address, number, many = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    function.argtypes = (
+        ctypes.POINTER(_Layout), number, address, address, address, number, address, many, many
+    )  # fmt: skip
+    return function
+
+
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     packed, bias, geometry = arguments[:6], arguments[6], arguments[7:]
-    matrix, first, kept = _matrix(packed, x.shape[-1], geometry)
-    rows = matrix.rows
-    order = None if packed[5] is None else row_numbers(packed[5])
+    perm: Tensor | None = packed[5]
+    layout, words = _layout(packed, x.shape[-1], geometry, keep=True)
+    rows = geometry[0]
+    tokens = x.numel() // x.shape[-1]
+    if tokens < FEW_TOKENS:
+        x = x.contiguous()
+        y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+        bias = floats(bias)
+        if perm is not None:
+            perm = perm.contiguous()
+        status = _few()(
+            layout, DTYPES[x.dtype], x.data_ptr(), pointer(bias), pointer(perm),
+            0 if perm is None else perm.element_size(), y.data_ptr(), tokens,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        check(status, "hf_vq::cvxq_linear")
+        del words  # not before: the layout has its address
+        return y
+    order = None if perm is None else row_numbers(perm)
     if bias is not None and order is not None:
         bias = bias.detach().index_select(0, order)
-    if x.numel() // x.shape[-1] < FEW_TOKENS:
-        linear = cpu_build.library().hf_vq_cvxq_linear
-
-        def product(*rest: Any) -> int:
-            return linear(ctypes.byref(matrix), ctypes.c_void_p(first.data_ptr()), *rest)
-
-        y = few_tokens(product, x, rows, bias)
-    else:
-
-        def decode(row: int, n: int, tile: Tensor) -> None:
-            _decode(matrix, first, row, n, tile)
-
-        y = many_tokens(x, rows, bias, matrix.group_rows, decode, transposed=True)
-    del kept  # not before: the structure points to these tensors
+    y = by_blocks(cpu_build.library().hf_vq_cvxq_product, layout, x, rows, bias)
+    del words  # not before: the layout has its address
     # into zeros, because the all-zero permutation of a layer without values names one row only
     return y if order is None else torch.zeros_like(y).index_copy_(-1, order, y)
 
 
 def _dequantize(*arguments: Any) -> Tensor:
     packed, columns, geometry, dtype = arguments[:6], arguments[6], arguments[7:-1], arguments[-1]
-    matrix, first, kept = _matrix(packed, columns, geometry)
+    layout, words = _layout(packed, columns, geometry, keep=False)
     order = None if packed[5] is None else row_numbers(packed[5])
-    rows = matrix.rows
+    rows = layout.rows
     # zeros, because the all-zero permutation of a layer without values names one row only
     weight = (torch.empty if order is None else torch.zeros)((rows, columns), dtype=dtype)
-    step = max(1, 256 // matrix.group_rows) * matrix.group_rows
+    step = max(1, 256 // layout.group_rows) * layout.group_rows
     room = torch.empty(min(step, rows) * columns, dtype=dtype)
     for row in range(0, rows, step):
         n = min(step, rows - row)
         tile = room[: n * columns].view(columns, n)
-        _decode(matrix, first, row, n, tile)
+        _decode(layout, row, n, tile)
         if order is None:
             weight[row : row + n] = tile.T
         else:
             weight.index_copy_(0, order[row : row + n], tile.T.contiguous())
-    del kept  # not before: the structure points to these tensors
+    del words  # not before: the layout has its address
     return weight
 
 

@@ -1,10 +1,12 @@
 /* GPTVQ: vectors of `vector_dim` consecutive columns of a row (docs/format.md).
  *
- * Without AVX-512 VBMI, or for tables that do not fit registers, a row is decoded into a buffer in
- * the first-level cache and multiplied from there. cpu_gptvq_vbmi.h has the faster way. */
-#include "cpu_common.h"
-#include "cpu_gptvq.h"
+ * Products of many tokens and dense weights, by decoded blocks. Single tokens are multiplied
+ * without decoding, by tables in registers (cpu_gptvq_vbmi.h, cpu_gptvq_avx2.h) or in the
+ * first-level cache (cpu_gptvq_table.h), where they fit. */
+#include "cpu_gptvq_avx2.h"
+#include "cpu_gptvq_table.h"
 #include "cpu_gptvq_vbmi.h"
+#include "cpu_product.h"
 
 /* The 16 scales of every block, float (blocks, 16): exact powers, or products of two. */
 static void scale_table(const gptvq_t *w, int exact, float *out) {
@@ -24,155 +26,158 @@ static void scale_table(const gptvq_t *w, int exact, float *out) {
 typedef struct {
     const gptvq_t *w;
     const float *scales; /* scale_table, or NULL */
-    const float *x;
-    float *y;
     void *out;
     int dtype;
     i64 first_row, rows;
-} task_t;
+} decoding_t;
 
-INLINE void gather(const float *books, const uint32_t *codes, i64 n, i64 d, float *out) {
+INLINE void copy_entries(const float *books, const uint32_t *codes, i64 n, i64 d, float *out) {
     for (i64 v = 0; v < n; v++) memcpy(out + v * d, books + codes[v] * d, (size_t)d * 4);
 }
 
-/* The same with entries of 16 bits. */
-INLINE void gather_16(const uint16_t *books, const uint32_t *codes, i64 n, i64 d, uint16_t *out) {
-    i64 v = 0;
-#ifdef HF_VQ_VBMI
-    if (d == 2)
-        for (; v + 16 <= n; v += 16)
-            _mm512_storeu_si512(
-                out + v * 2, _mm512_i32gather_epi32(_mm512_loadu_si512(codes + v), books, 4));
-    if (d == 4)
-        for (; v + 8 <= n; v += 8)
-            _mm512_storeu_si512(
-                out + v * 4,
-                _mm512_i32gather_epi64(_mm256_loadu_si256((const void *)(codes + v)), books, 8));
-#endif
-    for (; v < n; v++) memcpy(out + v * d, books + codes[v] * d, (size_t)d * 2);
+INLINE void copy_bytes(const float *table, const uint8_t *bytes, i64 n, i64 each, float *out) {
+    for (i64 i = 0; i < n; i++) memcpy(out + i * each, table + bytes[i] * each, (size_t)each * 4);
 }
 
-/* Codebook (stripe, group) as floats (k, d): in place, or expanded to `room`. */
-static const float *codebook(const gptvq_t *w, i64 stripe, i64 group, i64 groups, float *room) {
-    i64 size = w->num_centroids * w->vector_dim, at = stripe * groups + group;
-    if (w->books) return w->books + at * size;
-    const int8_t *stored = w->books8 + at * size;
-    float scale = w->book_scales ? w->book_scales[at] : 1;
-    for (i64 e = 0; e < size; e++) room[e] = (float)stored[e] * scale;
-    return room;
-}
-
-/* Decoded rows, a task's share: to `out`, or multiplied by x to `y`. */
-static int rows_of_thread(const void *context, i64 thread, i64 threads) {
-    const task_t *task = context;
-    const gptvq_t *w = task->w;
-    i64 d = w->vector_dim, columns = w->columns, vectors = ceil_div(columns, d);
+/* Rows row .. row + n - 1 of one group, columns of one stripe; see product_t. Through a table of
+ * bytes where that saves more than it costs. */
+static void decode_piece(const gptvq_t *w, const float *books, i64 row, i64 n, i64 column, i64 k,
+                         float *out, i64 stride, float *table) {
+    i64 d = w->vector_dim, vectors = ceil_div(w->columns, d), first = column / d, m = ceil_div(k, d);
     int bits = bits_of(w->num_centroids);
-    i64 words = ceil_div(vectors * bits, 32), groups = ceil_div(w->rows, w->group_rows);
-    i64 stripes = ceil_div(columns, w->group_columns), per_stripe = w->group_columns / d;
-    i64 size = w->num_centroids * d, blocks = w->scale_block ? ceil_div(columns, w->scale_block) : 0;
-    i64 low = task->first_row + task->rows * thread / threads;
-    i64 high = task->first_row + task->rows * (thread + 1) / threads;
-    uint32_t *codes = allocate((vectors + 16) * 4);
-    float *row = allocate((vectors * d + 16) * 4);
-    float *books = allocate(w->books ? 0 : stripes * size * 4);
-    const float **book = allocate(stripes * (i64)sizeof(float *));
-    /* without scales, entries are rounded before they are looked up */
-    int narrow = task->out && task->dtype != FLOAT32 && !blocks;
-    uint16_t *books_16 = allocate(narrow ? stripes * size * 2 : 0);
-    if (!codes || !row || !books || !book || !books_16) return 1;
-    for (i64 r = low; r < high; r++) {
-        i64 group = r / w->group_rows;
-        if (r == low || r % w->group_rows == 0)
-            for (i64 s = 0; s < stripes; s++) {
-                book[s] = codebook(w, s, group, groups, books + s * size);
-                if (narrow) store(books_16, s * size, task->dtype, book[s], size);
-            }
-        unpack((const uint32_t *)w->indices + r * words, words, 0, vectors, bits, codes);
-        for (i64 s = 0; s < stripes; s++) {
-            i64 v = s * per_stripe, n = smaller(per_stripe, vectors - v);
-            if (narrow) {
-                uint16_t *to = (uint16_t *)row + v * d;
-                switch (d) {
-                case 1: gather_16(books_16 + s * size, codes + v, n, 1, to); break;
-                case 2: gather_16(books_16 + s * size, codes + v, n, 2, to); break;
-                case 4: gather_16(books_16 + s * size, codes + v, n, 4, to); break;
-                default: gather_16(books_16 + s * size, codes + v, n, 8, to);
-                }
-                continue;
-            }
-            switch (d) { /* so that a vector is one load and one store */
-            case 1: gather(book[s], codes + v, n, 1, row + v); break;
-            case 2: gather(book[s], codes + v, n, 2, row + v * 2); break;
-            case 4: gather(book[s], codes + v, n, 4, row + v * 4); break;
-            default: gather(book[s], codes + v, n, 8, row + v * 8);
+    i64 words = ceil_div(vectors * bits, 32), each = floats_of_byte(w);
+    int whole = each && first * bits % 8 == 0 && m * bits % 8 == 0;
+    if (whole && n * m * bits / 8 >= 512) {
+        if (bits < 8) byte_table(books, w->num_centroids, bits, d, table);
+        const float *from = bits < 8 ? table : books;
+        for (i64 r = 0; r < n; r++, out += stride) {
+            const uint8_t *bytes = (const uint8_t *)(w->indices + (row + r) * words) + first * bits / 8;
+            i64 count = m * bits / 8;
+            switch (each) { /* so that what a byte stands for is one load and one store */
+            case 2: copy_bytes(from, bytes, count, 2, out); break;
+            case 4: copy_bytes(from, bytes, count, 4, out); break;
+            case 8: copy_bytes(from, bytes, count, 8, out); break;
+            default: copy_bytes(from, bytes, count, 16, out);
             }
         }
-        for (i64 t = 0; t < blocks; t++) {
-            i64 stream = ceil_div(blocks * 4, 32);
-            uint32_t code = code_at((const uint32_t *)w->scale_codes + r * stream, stream, 4 * t, 4);
-            float scale = task->scales[16 * t + code];
-            i64 end = smaller((t + 1) * w->scale_block, columns);
-            for (i64 j = t * w->scale_block; j < end; j++) row[j] *= scale;
-        }
-        if (narrow) {
-            memcpy((uint16_t *)task->out + (r - task->first_row) * columns, row, columns * 2);
-            continue;
-        }
-        if (task->out) {
-            store(task->out, (r - task->first_row) * columns, task->dtype, row, columns);
-            continue;
-        }
-        f8 sum[4] = {{0}};
-        i64 j = 0;
-        for (; j + 32 <= columns; j += 32)
-            for (int i = 0; i < 4; i++)
-                sum[i] += *(const f8 *)(row + j + 8 * i) * *(const f8 *)(task->x + j + 8 * i);
-        sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        float total = 0;
-        for (int i = 0; i < 8; i++) total += sum[0][i];
-        for (; j < columns; j++) total += row[j] * task->x[j];
-        task->y[r] = total;
+        return;
     }
-    free(codes);
-    free(row);
-    free(books);
-    free(book);
-    free(books_16);
-    return 0;
+    uint32_t codes[PRODUCT_COLUMNS + 16];
+    for (i64 r = 0; r < n; r++, out += stride) {
+        unpack((const uint32_t *)w->indices + (row + r) * words, words, first, m, bits, codes);
+        switch (d) {
+        case 1: copy_entries(books, codes, m, 1, out); break;
+        case 2: copy_entries(books, codes, m, 2, out); break;
+        case 4: copy_entries(books, codes, m, 4, out); break;
+        default: copy_entries(books, codes, m, 8, out);
+        }
+    }
+}
+
+/* A block of W, for product_t. `scratch`: a codebook and a table of bytes. */
+static void decode_block(const void *matrix, i64 row, i64 n, i64 column, i64 k, float *out,
+                         i64 stride, void *scratch) {
+    const decoding_t *task = matrix;
+    const gptvq_t *w = task->w;
+    float *table = scratch, *room = table + TABLE_FLOATS;
+    i64 end = column + k, next;
+    for (i64 j = column; j < end; j = next) {
+        i64 stripe = j / w->group_columns;
+        next = smaller((stripe + 1) * w->group_columns, end);
+        for (i64 r = row, stop; r < row + n; r = stop) {
+            i64 group = r / w->group_rows;
+            stop = smaller((group + 1) * w->group_rows, row + n);
+            decode_piece(w, codebook(w, stripe, group, room), r, stop - r, j, next - j,
+                         out + (r - row) * stride + j - column, stride, table);
+        }
+    }
+    if (!w->scale_block) return;
+    i64 blocks = ceil_div(w->columns, w->scale_block), words = ceil_div(blocks * 4, 32);
+    for (i64 r = 0; r < n; r++, out += stride)
+        for (i64 j = column; j < end; j = next) {
+            i64 t = j / w->scale_block;
+            const uint32_t *codes = (const uint32_t *)w->scale_codes + (row + r) * words;
+            float scale = task->scales[16 * t + (codes[t / 8] >> t % 8 * 4 & 15)];
+            next = smaller((t + 1) * w->scale_block, end);
+            for (i64 i = j - column; i < next - column; i++) out[i] *= scale;
+        }
+}
+
+static i64 scratch_bytes(const gptvq_t *w) {
+    return (TABLE_FLOATS + (w->books ? 0 : w->num_centroids * w->vector_dim)) * 4;
+}
+
+static float *scales_of(const gptvq_t *w, int exact) {
+    float *scales = allocate(w->scale_block ? ceil_div(w->columns, w->scale_block) * 64 : 0);
+    if (scales && w->scale_block) scale_table(w, exact, scales);
+    return scales;
+}
+
+/* Up to how many tokens hf_vq_gptvq_linear is the faster way. */
+EXPORT i64 hf_vq_gptvq_most_tokens(const gptvq_t *w) {
+    return vbmi_suits(w) ? 5 : avx2_suits(w) || table_suits(w) ? 3 : 0;
 }
 
 /* y (tokens, rows) = x (tokens, columns) @ W.T, both float. `planes`: bytes that x may be rounded
- * to, 2 (16 bits of the largest of a few columns) or 3. Returns 0, or 1 without memory. */
+ * to, 2 (16 bits of the largest of a few columns) or 3. For hf_vq_gptvq_most_tokens at most.
+ * Returns 0, or 1 without memory. */
 EXPORT int hf_vq_gptvq_linear(const gptvq_t *w, const float *x, float *y, i64 tokens, int planes,
                               i64 threads) {
-    i64 blocks = w->scale_block ? ceil_div(w->columns, w->scale_block) : 0;
-    float *scales = allocate(blocks * 64);
+    float *scales = scales_of(w, 0);
+    int failed = !scales;
+    int vbmi = vbmi_suits(w), avx2 = avx2_suits(w);
+    for (i64 i = 0; i < tokens && !failed; i++, x += w->columns, y += w->rows)
+        failed = vbmi   ? vbmi_linear(w, scales, x, y, planes, threads)
+                 : avx2 ? avx2_linear(w, scales, x, y, planes, threads)
+                        : table_linear(w, scales, x, y, threads);
+    free(scales);
+    return failed;
+}
+
+/* y (tokens, rows) = x (tokens, columns) @ W.T + bias, both of the dtype. Returns 0, or 1. */
+EXPORT int hf_vq_gptvq_product(const gptvq_t *w, const void *x, void *y, i64 tokens, int dtype,
+                               const float *bias, i64 threads) {
+    float *scales = scales_of(w, 0);
     if (!scales) return 1;
-    if (blocks) scale_table(w, 0, scales);
-    int failed = 0;
-    for (i64 i = 0; i < tokens && !failed; i++) {
-        const float *xi = x + i * w->columns;
-        float *yi = y + i * w->rows;
-        failed = vbmi_linear(w, scales, xi, yi, planes, threads);
-        if (failed == NOT_FOR_VBMI) {
-            task_t task = {w, blocks ? scales : NULL, xi, yi, NULL, 0, 0, w->rows};
-            failed = parallel(rows_of_thread, &task, threads);
+    decoding_t decoding = {w, scales, NULL, 0, 0, 0};
+    product_t task = {
+        .matrix = &decoding, .decode = decode_block, .scratch_bytes = scratch_bytes(w),
+        .row_step = 1, .rows = w->rows, .columns = w->columns, .tokens = tokens,
+        .x = x, .y = y, .dtype = dtype, .bias = bias,
+    };
+    int failed = product(&task, threads);
+    free(scales);
+    return failed;
+}
+
+enum { DECODED_ROWS = 64 };
+
+static int decode_of_thread(const void *context, i64 thread, i64 threads) {
+    const decoding_t *task = context;
+    i64 columns = task->w->columns, stride = PRODUCT_COLUMNS + 16;
+    float *block = allocate(DECODED_ROWS * stride * 4), *scratch = allocate(scratch_bytes(task->w));
+    int failed = !block || !scratch;
+    for (i64 r = thread * DECODED_ROWS; r < task->rows && !failed; r += threads * DECODED_ROWS) {
+        i64 n = smaller(DECODED_ROWS, task->rows - r);
+        for (i64 j = 0; j < columns; j += PRODUCT_COLUMNS) {
+            i64 k = smaller(PRODUCT_COLUMNS, columns - j);
+            decode_block(task, task->first_row + r, n, j, k, block, stride, scratch);
+            for (i64 i = 0; i < n; i++)
+                store(task->out, (r + i) * columns + j, task->dtype, block + i * stride, k);
         }
     }
-    free(scales);
+    free(block);
+    free(scratch);
     return failed;
 }
 
 /* Rows first .. first + n - 1 of W to out (n, columns) of the dtype. Returns 0, or 1. */
 EXPORT int hf_vq_gptvq_decode(const gptvq_t *w, i64 first, i64 n, int dtype, void *out,
                               i64 threads) {
-    i64 blocks = w->scale_block ? ceil_div(w->columns, w->scale_block) : 0;
-    float *scales = allocate(blocks * 64);
+    float *scales = scales_of(w, 1);
     if (!scales) return 1;
-    if (blocks) scale_table(w, 1, scales);
-    task_t task = {w, blocks ? scales : NULL, NULL, NULL, out, dtype, first, n};
-    int failed = parallel(rows_of_thread, &task, threads);
+    decoding_t task = {w, scales, out, dtype, first, n};
+    int failed = parallel(decode_of_thread, &task, threads);
     free(scales);
     return failed;
 }

@@ -13,11 +13,10 @@ from hf_vq_kernels import cpu_build
 from hf_vq_kernels.bits import unpack_bits
 from hf_vq_kernels.cpu_common import (
     DTYPES,
-    FEW_TOKENS,
+    by_blocks,
     check,
     few_tokens,
     floats,
-    many_tokens,
     pointer,
     refuses_dtype,
 )
@@ -78,21 +77,17 @@ def _decode(matrix: _Matrix, first: int, n: int, tile: Tensor) -> None:
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     packed, bias, geometry = arguments[:6], arguments[6], arguments[7:]
     matrix, kept = _matrix(packed, x.shape[-1], geometry)
-    rows = matrix.rows
-    if x.numel() // x.shape[-1] < FEW_TOKENS:
+    functions = cpu_build.library()
+    if x.numel() // x.shape[-1] <= functions.hf_vq_gptvq_most_tokens(ctypes.byref(matrix)):
         # x in 16 bits of each segment's largest entry: far finer than it came in
         planes = 3 if x.dtype == torch.float32 else 2
-        linear = cpu_build.library().hf_vq_gptvq_linear
 
         def product(x: Any, y: Any, tokens: Any, planes: Any, threads: Any) -> int:
-            return linear(ctypes.byref(matrix), x, y, tokens, planes, threads)
+            return functions.hf_vq_gptvq_linear(ctypes.byref(matrix), x, y, tokens, planes, threads)
 
-        return few_tokens(product, x, rows, bias, ctypes.c_int(planes))
-
-    def decode(first: int, n: int, tile: Tensor) -> None:
-        _decode(matrix, first, n, tile)
-
-    y = many_tokens(x, rows, bias, 1, decode, transposed=False)
+        y = few_tokens(product, x, matrix.rows, bias, ctypes.c_int(planes))
+    else:
+        y = by_blocks(functions.hf_vq_gptvq_product, matrix, x, matrix.rows, bias)
     del kept  # not before: the structure points to these tensors
     return y
 

@@ -10,13 +10,15 @@
 #define HF_VQ_CPU_GPTVQ_VBMI_H
 #include "cpu_gptvq.h"
 
-enum { NOT_FOR_VBMI = 2 };
-
 #ifndef HF_VQ_VBMI
+static int vbmi_suits(const gptvq_t *w) {
+    (void)w;
+    return 0;
+}
 static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, float *y, int planes,
                        i64 threads) {
     (void)w, (void)scales, (void)x, (void)y, (void)planes, (void)threads;
-    return NOT_FOR_VBMI;
+    return 1;
 }
 #else
 
@@ -263,16 +265,29 @@ static void round_x(vbmi_t *task, const float *x, i64 s, i64 first, i64 codes) {
     }
 }
 
-/* y = W x for one vector; NOT_FOR_VBMI where codebooks or shapes do not fit. */
+/* Whether codebooks and shapes fit what is here. */
+static int vbmi_suits(const gptvq_t *w) {
+    i64 d = w->vector_dim, bits = bits_of(w->num_centroids), B = w->scale_block;
+    i64 stripes = ceil_div(w->columns, w->group_columns), vectors = ceil_div(w->columns, d);
+    i64 per_stripe = stripes == 1 ? vectors : w->group_columns / d;
+    i64 each = per_stripe <= 32 ? 32 : 64;
+    if (!w->books8 || bits > 8 || bits < 1 || (stripes > 1 && per_stripe * bits % 8)) return 0;
+    if (!B) return 1;
+    if (B % (4 * d) || (stripes > 1 && per_stripe % 4) || (16 * 4 * d) / B > MOST_BLOCKS - 2) return 0;
+    for (i64 stripe = 0; stripe < stripes; stripe++) /* scale codes of a segment: two words at most */
+        for (i64 v = stripe * per_stripe; v < smaller((stripe + 1) * per_stripe, vectors); v += each) {
+            i64 last = smaller((v + each - 1) * d, w->columns - 1) / B;
+            if (last / 8 > v * d / B / 8 + 1) return 0;
+        }
+    return 1;
+}
+
+/* y = W x for one vector, if vbmi_suits(w). Returns 0, or 1 without memory. */
 static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, float *y, int planes,
                        i64 threads) {
     i64 d = w->vector_dim, bits = bits_of(w->num_centroids), B = w->scale_block;
     i64 stripes = ceil_div(w->columns, w->group_columns), vectors = ceil_div(w->columns, d);
     i64 per_stripe = stripes == 1 ? vectors : w->group_columns / d;
-    if (!w->books8 || bits > 8 || bits < 1 || (stripes > 1 && per_stripe * bits % 8))
-        return NOT_FOR_VBMI;
-    if (B && (B % (4 * d) || (stripes > 1 && per_stripe % 4) || (16 * 4 * d) / B > MOST_BLOCKS - 2))
-        return NOT_FOR_VBMI;
     vbmi_t task = {w, scales, NULL, NULL, NULL, y, 0, planes, per_stripe <= 32};
     i64 each = task.pair ? 32 : 64;
     i64 most = stripes * ceil_div(per_stripe, each);
@@ -304,7 +319,6 @@ static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, fl
                 if (block - first >= segment->num_blocks) segment->num_blocks = block - first + 1;
                 if (block / 8 != first / 8) segment->second_word |= (__mmask16)(1u << lane);
                 nibble[lane] = (int32_t)(block % 8 * 4);
-                if (block / 8 > first / 8 + 1) failed = NOT_FOR_VBMI;
             }
             segment->nibble = _mm512_loadu_si512(nibble);
         }

@@ -3,11 +3,12 @@
  * Four blocks of rows at a time: their codes of 64 columns are unpacked to offsets, and whole
  * entries of the codebook, padded to `width` floats, are loaded, multiplied by an entry of x and
  * summed in registers. Codebooks up to some thousand entries stay in the first two caches. */
-#include "cpu_common.h"
+#include "cpu_product.h"
 
 typedef struct {
     const int32_t *indices;          /* (groups, blocks, words) */
     const float *books, *res_books;  /* (groups, K or R, width), res_books or NULL */
+    const uint16_t *half_books;      /* for hf_vq_vptq_linear: as float16, width 8, not `books`; or NULL */
     const int16_t *outlier_indices;  /* (outlier_blocks, outliers), or NULL */
     const float *outlier_books;      /* (K0, outlier_width) */
     const int16_t *perm;             /* (columns,), or NULL */
@@ -17,6 +18,18 @@ typedef struct {
 } vptq_t;
 
 enum { AT_ONCE = 4, CHUNK = 64, WIDEST = 16 };
+#if defined(__F16C__) && defined(__FMA__) && defined(__AVX2__)
+#define HALF_BOOKS 1
+#endif
+
+/* Whether `half_books` can be used. */
+EXPORT int hf_vq_vptq_half_books(void) {
+#ifdef HALF_BOOKS
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 typedef struct {
     const vptq_t *w;
@@ -38,14 +51,13 @@ INLINE void offsets(const vptq_t *w, i64 group, i64 block, i64 first, i64 n, uin
     i64 blocks = ceil_div(w->rows, w->vector_dim), per_group = (w->columns - w->outliers) / w->groups;
     int bits = (int)(w->main_bits + w->res_bits);
     i64 words = ceil_div(per_group * bits, 32);
-    unpack((const uint32_t *)w->indices + (group * blocks + block) * words, words, first, n, bits, at);
+    const uint32_t *stream = (const uint32_t *)w->indices + (group * blocks + block) * words;
+    int up = w->width == 4 ? 2 : w->width == 8 ? 3 : 4;
+    unpack_to(stream, words, first, n, bits, w->res_books ? 0 : up, at);
     uint32_t mask = ((uint32_t)1 << w->main_bits) - 1, width = (uint32_t)w->width;
-    if (w->res_books) {
-        for (i64 i = 0; i < n; i++) res_at[i] = (at[i] >> w->main_bits) * width;
-        for (i64 i = 0; i < n; i++) at[i] = (at[i] & mask) * width;
-    } else {
-        for (i64 i = 0; i < n; i++) at[i] *= width;
-    }
+    if (!w->res_books) return;
+    for (i64 i = 0; i < n; i++) res_at[i] = (at[i] >> w->main_bits) * width;
+    for (i64 i = 0; i < n; i++) at[i] = (at[i] & mask) * width;
 }
 
 /* sums[block] += entries of n columns times x, for m <= AT_ONCE blocks. */
@@ -76,6 +88,23 @@ MULTIPLY(multiply_4, f4, 1)
 MULTIPLY(multiply_8, f8, 1)
 MULTIPLY(multiply_16, f8, 2)
 
+/* multiply_8 with entries in float16: twice as many of a large codebook stay in a cache. */
+static void multiply_half(const uint16_t *book, uint32_t (*at)[CHUNK], const float *x, i64 n, i64 m,
+                          float (*sums)[WIDEST]) {
+#ifdef HALF_BOOKS
+    __m256 sum[AT_ONCE];
+    for (i64 i = 0; i < AT_ONCE; i++) sum[i] = _mm256_loadu_ps(sums[i]);
+    for (i64 j = 0; j < n; j++)
+        for (i64 i = 0; i < AT_ONCE; i++) {
+            __m256 entry = _mm256_cvtph_ps(_mm_loadu_si128((const void *)(book + at[i][j])));
+            sum[i] = _mm256_fmadd_ps(entry, _mm256_set1_ps(x[j]), sum[i]);
+        }
+    for (i64 i = 0; i < m; i++) _mm256_storeu_ps(sums[i], sum[i]);
+#else
+    (void)book, (void)at, (void)x, (void)n, (void)m, (void)sums;
+#endif
+}
+
 static void multiply(i64 width, const float *book, uint32_t (*at)[CHUNK], const float *x, i64 n,
                      i64 m, float (*sums)[WIDEST]) {
     if (width == 4) multiply_4(book, at, x, n, m, sums);
@@ -101,7 +130,9 @@ static int product_of_thread(const void *context, i64 thread, i64 threads) {
             for (i64 j = 0; j < per_group; j += CHUNK) {
                 i64 n = smaller(CHUNK, per_group - j);
                 for (i64 i = 0; i < m; i++) offsets(w, group, block + i, j, n, at[i], res_at[i]);
-                multiply(w->width, w->books + group * w->entries * w->width, at, x + j, n, m, sums);
+                i64 book = group * w->entries * w->width;
+                if (w->half_books) multiply_half(w->half_books + book, at, x + j, n, m, sums);
+                else multiply(w->width, w->books + book, at, x + j, n, m, sums);
                 if (w->res_books)
                     multiply(w->width, w->res_books + group * w->res_entries * w->width, res_at,
                              x + j, n, m, sums);
@@ -179,8 +210,19 @@ static __attribute__((noinline)) void shift_by(float *values, const float *by, f
     for (i64 i = 0; i < n; i++) values[i] += by ? by[i] : one;
 }
 
-INLINE void copy_entry(float *to, const float *entry, const float *second, i64 v) {
-    for (i64 t = 0; t < v; t++) to[t] = second ? entry[t] + second[t] : entry[t];
+INLINE void copy_entry(float *to, const float *entry, const float *second, i64 width) {
+    for (i64 t = 0; t < width; t += 4) { /* widths are multiples of 4 */
+        f4 part = *(const f4 *)(entry + t);
+        if (second) part += *(const f4 *)(second + t);
+        *(f4 *)(to + t) = part;
+    }
+}
+
+/* Entries of n columns, or sums of two, each to the rows of a block. */
+INLINE void copy_columns(float *to, i64 stride, const float *book, const uint32_t *at,
+                         const float *res, const uint32_t *res_at, i64 n, i64 width) {
+    for (i64 j = 0; j < n; j++)
+        copy_entry(to + j * stride, book + at[j], res ? res + res_at[j] : NULL, width);
 }
 
 /* The columns of a thread, of rows first .. first + rows - 1, to out (columns, rows). */
@@ -214,15 +256,9 @@ static int decode_of_thread(const void *context, i64 thread, i64 threads) {
             for (i64 b = 0; b < blocks; b++) {
                 offsets(w, group, low_block + b, first, n, at, res_at);
                 float *to = values + b * v;
-                if (res)
-                    for (i64 j = 0; j < n; j++) /* the padding is overwritten by the next block */
-                        copy_entry(to + j * room, book + at[j], res + res_at[j], w->width);
-                else if (w->width == 4)
-                    for (i64 j = 0; j < n; j++) copy_entry(to + j * room, book + at[j], NULL, 4);
-                else if (w->width == 8)
-                    for (i64 j = 0; j < n; j++) copy_entry(to + j * room, book + at[j], NULL, 8);
-                else
-                    for (i64 j = 0; j < n; j++) copy_entry(to + j * room, book + at[j], NULL, 16);
+                /* the padding is overwritten by the next block */
+                if (res) copy_columns(to, room, book, at, res, res_at, n, w->width);
+                else copy_columns(to, room, book, at, NULL, NULL, n, w->width);
             }
         }
         for (i64 j = 0; j < n; j++) {
@@ -247,4 +283,61 @@ static int decode_of_thread(const void *context, i64 thread, i64 threads) {
 EXPORT int hf_vq_vptq_decode(const vptq_t *w, i64 first, i64 n, int dtype, void *out, i64 threads) {
     task_t task = {w, NULL, NULL, 0, out, dtype, first, n};
     return parallel(decode_of_thread, &task, threads);
+}
+
+/* Stored columns column .. column + k - 1 of n rows from `row` on, for product_t. */
+static void decode_block(const void *matrix, i64 row, i64 n, i64 column, i64 k, float *out,
+                         i64 stride, void *scratch) {
+    const vptq_t *w = matrix;
+    i64 v = w->vector_dim, per_group = (w->columns - w->outliers) / w->groups;
+    uint32_t *at = scratch, *res_at = at + CHUNK;
+    i64 j = column, end = column + k, next;
+    for (; j < end && j < w->outliers; j++) {
+        i64 dim = w->outlier_dim;
+        for (i64 r = 0; r < n; r++) {
+            uint16_t code = (uint16_t)w->outlier_indices[(row + r) / dim * w->outliers + j];
+            out[(j - column) * stride + r] = w->outlier_books[code * w->outlier_width + (row + r) % dim];
+        }
+    }
+    for (; j < end; j = next) {
+        i64 group = (j - w->outliers) / per_group, first = (j - w->outliers) % per_group;
+        next = smaller(smaller(j + CHUNK, end), j - first + per_group);
+        const float *book = w->books + group * w->entries * w->width;
+        const float *res = w->res_books ? w->res_books + group * w->res_entries * w->width : NULL;
+        for (i64 b = 0; b < ceil_div(n, v); b++) {
+            offsets(w, group, row / v + b, first, next - j, at, res_at);
+            float *to = out + (j - column) * stride + b * v;
+            /* the padding of an entry is overwritten by the next block */
+            if (res && w->width == 8) copy_columns(to, stride, book, at, res, res_at, next - j, 8);
+            else if (res) copy_columns(to, stride, book, at, res, res_at, next - j, w->width);
+            else if (w->width == 4) copy_columns(to, stride, book, at, NULL, NULL, next - j, 4);
+            else if (w->width == 8) copy_columns(to, stride, book, at, NULL, NULL, next - j, 8);
+            else copy_columns(to, stride, book, at, NULL, NULL, next - j, 16);
+        }
+    }
+}
+
+/* y (tokens, rows) = x (tokens, columns) @ W.T + bias, both of the dtype. Returns 0, or 1. */
+EXPORT int hf_vq_vptq_product(const vptq_t *w, const void *x, void *y, i64 tokens, int dtype,
+                              const float *bias, i64 threads) {
+    float *shift = allocate(tokens * 4), *line = allocate(w->columns * 4);
+    int failed = !shift || !line;
+    for (i64 t = 0; t < tokens && w->scale && !failed; t++) {
+        load(x, t * w->columns, dtype, line, w->columns);
+        double sum = 0;
+        for (i64 j = 0; j < w->columns; j++) sum += w->norm_rows ? line[j] : (double)line[j] * w->offset[j];
+        shift[t] = (float)sum;
+    }
+    product_t task = {
+        .matrix = w, .decode = decode_block, .scratch_bytes = 2 * CHUNK * 4,
+        .row_step = w->vector_dim, .across = 1,
+        .rows = w->rows, .columns = w->columns, .tokens = tokens,
+        .x = x, .y = y, .dtype = dtype, .perm = w->perm, .bias = bias,
+        .factor = w->norm_rows ? NULL : w->scale, .row_factor = w->norm_rows ? w->scale : NULL,
+        .row_offset = w->norm_rows ? w->offset : NULL, .shift = w->scale ? shift : NULL,
+    };
+    if (!failed) failed = product(&task, threads);
+    free(shift);
+    free(line);
+    return failed;
 }

@@ -14,16 +14,20 @@ import torch.nn.functional as F
 from hf_vq_kernels import cpu_build
 from hf_vq_kernels.cpu_common import (
     DTYPES,
-    FEW_TOKENS,
+    by_blocks,
     check,
     few_tokens,
     floats,
-    many_tokens,
     pointer,
     refuses_dtype,
 )
 from hf_vq_kernels.dispatch import Backend
 from torch import Tensor
+
+FEW_TOKENS = 4
+"""Fewer are multiplied one by one."""
+HALF_FROM = 2**17
+"""Numbers of a codebook from which on float16 is read as it is: in float32, a cache's worth."""
 
 
 class _Matrix(ctypes.Structure):
@@ -31,6 +35,7 @@ class _Matrix(ctypes.Structure):
         ("indices", ctypes.c_void_p),
         ("books", ctypes.c_void_p),
         ("res_books", ctypes.c_void_p),
+        ("half_books", ctypes.c_void_p),
         ("outlier_indices", ctypes.c_void_p),
         ("outlier_books", ctypes.c_void_p),
         ("perm", ctypes.c_void_p),
@@ -68,8 +73,10 @@ def _plain(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().contiguous()
 
 
-def _matrix(packed: tuple[Any, ...], columns: int, geometry: tuple[Any, ...]) -> Any:
-    """The structure, and the tensors that it points to."""
+def _matrix(
+    packed: tuple[Any, ...], columns: int, geometry: tuple[Any, ...], one_by_one: bool = False
+) -> Any:
+    """The structure, and the tensors that it points to; `one_by_one`: for hf_vq_vptq_linear."""
     indices, centroids, res, outlier_indices, outlier_centroids, perm, scale, offset = packed
     rows, vector_dim, outlier_dim, norm_rows = geometry
     outliers = 0
@@ -79,10 +86,15 @@ def _matrix(packed: tuple[Any, ...], columns: int, geometry: tuple[Any, ...]) ->
         scale = offset = None
     entries = centroids.shape[1] // vector_dim
     res_entries = 0 if res is None else res.shape[1] // vector_dim
+    half = (
+        one_by_one and centroids.dtype == torch.float16 and vector_dim == 8
+        and centroids.shape[1] >= HALF_FROM and cpu_build.library().hf_vq_vptq_half_books()
+    )  # fmt: skip
     kept = (
         _plain(indices),
-        _padded(centroids, vector_dim),
+        None if half else _padded(centroids, vector_dim),
         _padded(res, vector_dim),
+        _plain(centroids) if half else None,
         _plain(outlier_indices) if outliers else None,
         _padded(outlier_centroids, outlier_dim) if outliers else None,
         _plain(perm),
@@ -107,9 +119,10 @@ def _decode(matrix: _Matrix, first: int, n: int, tile: Tensor) -> None:
 
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     packed, bias, geometry = arguments[:8], arguments[8], arguments[9:]
-    matrix, kept = _matrix(packed, x.shape[-1], geometry)
+    few = x.numel() // x.shape[-1] < FEW_TOKENS
+    matrix, kept = _matrix(packed, x.shape[-1], geometry, few)
     rows = matrix.rows
-    if x.numel() // x.shape[-1] < FEW_TOKENS:
+    if few:
         linear = cpu_build.library().hf_vq_vptq_linear
 
         def product(*rest: Any) -> int:
@@ -117,10 +130,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
 
         return few_tokens(product, x, rows, bias)
 
-    def decode(first: int, n: int, tile: Tensor) -> None:
-        _decode(matrix, first, n, tile)
-
-    y = many_tokens(x, rows, bias, matrix.vector_dim, decode, transposed=True)
+    y = by_blocks(cpu_build.library().hf_vq_vptq_product, matrix, x, rows, bias)
     del kept  # not before: the structure points to these tensors
     return y
 

@@ -30,7 +30,7 @@ from hf_vq_kernels.cvxq_reference import (
     expand_scales,
     row_numbers,
 )
-from hf_vq_kernels.dispatch import register_default
+from hf_vq_kernels.dispatch import call, register_default
 from hf_vq_kernels.levels import level_table_on
 from hf_vq_kernels.lookup import vectors_at_once
 from torch import Tensor
@@ -72,10 +72,10 @@ def cvxq_dequantize(
     (out_features,): int32, or int16 holding uint16 bit patterns. `levels`: "lloyd" or "laplace".
     Raises RuntimeError for `scales` of another width.
     """
-    return torch.ops.hf_vq.cvxq_dequantize(
+    return call("cvxq_dequantize", (
         words, depths, scales, scale_grid, location, row_perm, in_features, out_features,
         group_rows, levels, dtype,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def cvxq_linear(
@@ -95,10 +95,10 @@ def cvxq_linear(
 
     The packed tensors are those of `cvxq_dequantize`; `bias` (out_features,) is cast to x.dtype.
     """
-    return torch.ops.hf_vq.cvxq_linear(
+    return call("cvxq_linear", (
         x, words, depths, scales, scale_grid, location, row_perm, bias, out_features, group_rows,
         levels,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- default backend

@@ -12,14 +12,15 @@ top. Example, in triton_gptvq.py:
 
     BACKENDS = (Backend("triton", "gptvq_linear", ("cuda", "xpu"), unavailable, refuses, linear),)
 
-A backend computes with tensors as they are stored and keeps nothing between calls, raises nothing
+A backend computes with tensors as they are stored, keeps nothing between calls but what layouts.py
+can drop, raises nothing
 for arguments that it accepted, and leaves gradients to the operator. Arguments of "NAME_linear" are
 those of the schema, `(x, *packed, bias, *geometry)`; of "NAME_dequantize"
 `(*packed, in_features, *geometry, dtype)`.
 
-The environment variable HF_VQ_BACKEND, or `use_backend`, forces a backend by name: operators that
-have it then run it or raise. Otherwise a backend that fails is reported once by a warning and not
-asked again, and the next one computes.
+`use_backend`, the environment variable HF_VQ_BACKEND, or else `demand` for the tensors of one model
+forces a backend by name: operators that have it then run it or raise. Otherwise a backend that
+fails is reported once by a warning and not asked again, and the next one computes.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ import importlib.util
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Reason = str
 """Why not, in words that follow "because" or a colon: "no C compiler was found"."""
@@ -76,12 +79,16 @@ class _Entry:
     backend: Backend
     broken: Reason | None = None  # for this process: unavailable, or it has failed
     asked: bool = False
+    elsewhere: dict[str, Reason] = field(default_factory=dict)
 
     def why_not(self, device: str, arguments: tuple[Any, ...]) -> Reason | None:
         """Why this backend does not take a call on `device`; None if it does."""
         backend = self.backend
         if backend.devices and device not in backend.devices:
-            return f"it computes on {', '.join(backend.devices)}, not on {device}"
+            if device not in self.elsewhere:
+                names = ", ".join(backend.devices)
+                self.elsewhere[device] = f"it computes on {names}, not on {device}"
+            return self.elsewhere[device]
         if not self.asked:
             self.broken, self.asked = backend.unavailable(), True
         return self.broken or backend.refuses(*arguments)
@@ -91,6 +98,7 @@ _defaults: dict[str, Backend] = {}
 _entries: dict[str, list[_Entry]] = {}
 _state = threading.local()  # .forced: name or None; .log: list of Decision while explaining
 _lock = threading.Lock()
+_demanded: dict[int, tuple[Any, str]] = {}  # id of a storage -> reference to it, backend
 
 
 @dataclass
@@ -153,6 +161,60 @@ def forced_backend() -> str | None:
     return None if name in ("", "auto") else name
 
 
+def demand(codes: Tensor, name: str | None) -> None:
+    """Let operators on packed tensors whose first is `codes` run backend `name`, or raise.
+
+    It holds for the storage of `codes` until that dies or `name` is None or "auto", also in
+    compiled graphs; `use_backend` and HF_VQ_BACKEND are stronger. Raises ValueError for a name that
+    no backend has.
+    """
+    storage = codes.untyped_storage()
+    number = id(storage)
+    if name in (None, "", "auto"):
+        _demanded.pop(number, None)
+        return
+    check_name(name)
+    known = _demanded.get(number)
+    if known is None or known[1] != name:
+        _demanded[number] = (weakref.ref(storage, lambda _: _demanded.pop(number, None)), name)
+
+
+def _demanded_of(operator: str, arguments: tuple[Any, ...]) -> str | None:
+    """The backend that `demand` names for the packed tensors of a call."""
+    if not _demanded:
+        return None
+    codes = arguments[0 if operator.endswith("_dequantize") else 1]
+    return _demanded.get(id(codes.untyped_storage()), (None, None))[1]
+
+
+def call(operator: str, arguments: tuple[Any, ...]) -> Tensor:
+    """`torch.ops.hf_vq.{operator}(*arguments)`, which takes some ten microseconds by itself.
+
+    Where nothing but the backend would see the call (plain tensors on a device, no gradient, no
+    tracing, no modes), it goes straight to `run`.
+    """
+    if not torch.compiler.is_compiling() and _is_plain(arguments):
+        return run(operator, arguments)
+    return getattr(torch.ops.hf_vq, operator)(*arguments)
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    grad = torch.is_grad_enabled()
+    for value in arguments:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if value.is_meta or (grad and value.requires_grad):
+                return False
+        elif isinstance(value, Tensor):
+            return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def run(operator: str, arguments: tuple[Any, ...]) -> Tensor:
     """Compute `hf_vq::{operator}`, given the arguments of its schema by position.
 
@@ -160,14 +222,19 @@ def run(operator: str, arguments: tuple[Any, ...]) -> Tensor:
     """
     entries = _entries.get(operator) or _load(operator)
     device = arguments[0].device.type
+    name = forced_backend()
+    if name is None:
+        demanded = _demanded_of(operator, arguments)
+        if demanded is not None:
+            with use_backend(demanded):
+                return run(operator, arguments)
     log = getattr(_state, "log", None)
     decision = None
     if log is not None:
         decision = Decision(operator, _shapes(arguments))
         log.append(decision)
-    name = forced_backend()
     if name is not None:
-        _check_name(name)
+        check_name(name)
         chosen = [entry for entry in entries if entry.backend.name == name]
         if chosen:
             return _run_forced(chosen[0], device, arguments, decision)
@@ -204,9 +271,9 @@ def _run_forced(
     reason = entry.why_not(device, arguments)
     if reason is not None:
         raise RuntimeError(
-            f"hf_vq::{backend.operator}: the backend {backend.name!r} was demanded (HF_VQ_BACKEND "
-            f"or use_backend) but cannot compute this call: {reason}. Demand another one, or "
-            '"auto", which takes the first that can'
+            f"hf_vq::{backend.operator}: the backend {backend.name!r} was demanded (HF_VQ_BACKEND, "
+            f"use_backend or the config's backend) but cannot compute this call: {reason}. Demand "
+            'another one, or "auto", which takes the first that can'
         )
     if decision is not None:
         decision.chosen = f"{backend.name} (demanded)"
@@ -233,12 +300,13 @@ def explain(what: Any, *arguments: Any, **keywords: Any) -> Explanation:
     return Explanation(list(different.values()))
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise ValueError unless some backend is called `name`."""
     known = {DEFAULT} | {called for modules in _MODULES.values() for *_, called in modules}
     if name not in known:
         raise ValueError(
-            f"no backend is called {name!r} (HF_VQ_BACKEND or use_backend); there are "
-            f"{', '.join(sorted(known))}, and auto"
+            f"no backend is called {name!r} (HF_VQ_BACKEND, use_backend or a config's backend); "
+            f"there are {', '.join(sorted(known))}, and auto"
         )
 
 

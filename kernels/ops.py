@@ -22,7 +22,7 @@ from hf_vq_kernels.autograd import (
     register_product,
 )
 from hf_vq_kernels.bits import unpack_bits
-from hf_vq_kernels.dispatch import register_default
+from hf_vq_kernels.dispatch import call, register_default
 from hf_vq_kernels.lookup import look_up, vectors_at_once
 from hf_vq_kernels.reference import expand_codebooks, wide
 from torch import Tensor
@@ -70,10 +70,10 @@ def gptvq_dequantize(
     `codebook_scales`: (stripes, row groups). `scale_codes` int32 (out_features, words) and
     `scale_grid` (2, blocks) give every row one scale per `scale_block` columns.
     """
-    return torch.ops.hf_vq.gptvq_dequantize(
+    return call("gptvq_dequantize", (
         indices, codebooks, codebook_scales, codebook_basis, scale_codes, scale_grid, in_features,
         vector_dim, num_centroids, group_rows, group_columns, scale_block, log_scales, dtype,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def gptvq_linear(
@@ -96,10 +96,10 @@ def gptvq_linear(
 
     The packed tensors are those of `gptvq_dequantize`; `bias` (out_features,) is cast to x.dtype.
     """
-    return torch.ops.hf_vq.gptvq_linear(
+    return call("gptvq_linear", (
         x, indices, codebooks, codebook_scales, codebook_basis, scale_codes, scale_grid, bias,
         vector_dim, num_centroids, group_rows, group_columns, scale_block, log_scales,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- default backend

@@ -23,7 +23,7 @@ from hf_vq_kernels.autograd import (
     register_product,
 )
 from hf_vq_kernels.bits import unpack_bits
-from hf_vq_kernels.dispatch import register_default
+from hf_vq_kernels.dispatch import call, register_default
 from hf_vq_kernels.lookup import look_up, vectors_at_once
 from hf_vq_kernels.vptq_reference import unsigned_16
 from torch import Tensor
@@ -70,10 +70,10 @@ def vptq_dequantize(
     hold uint16 bit patterns. `weight_scale`, `weight_bias`: one per column of the matrix, or per
     row under `norm_rows`. Raises RuntimeError for `indices` of another width.
     """
-    return torch.ops.hf_vq.vptq_dequantize(
+    return call("vptq_dequantize", (
         indices, centroids, res_centroids, outlier_indices, outlier_centroids, perm, weight_scale,
         weight_bias, in_features, out_features, vector_dim, outlier_vector_dim, norm_rows, dtype,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def vptq_linear(
@@ -96,10 +96,10 @@ def vptq_linear(
 
     The packed tensors are those of `vptq_dequantize`; `bias` (out_features,) is cast to x.dtype.
     """
-    return torch.ops.hf_vq.vptq_linear(
+    return call("vptq_linear", (
         x, indices, centroids, res_centroids, outlier_indices, outlier_centroids, perm,
         weight_scale, weight_bias, bias, out_features, vector_dim, outlier_vector_dim, norm_rows,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- default backend

@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from hf_vq_kernels.dispatch import demand
 from torch import Tensor, nn
 
 from hf_vq.formats import FORMATS
@@ -63,6 +64,17 @@ class Packed(nn.Module):
     spec: LayerSpec
     compute_dtype: torch.dtype
     tied_to: str = ""
+    backend: str | None = None
+    """What the operators have to run for this layer; None: the first backend that can."""
+
+    def set_backend(self, name: str | None) -> None:
+        """Force a backend of the operators for this layer; None or "auto" forces none.
+
+        Raises ValueError for a name that no backend has. One that cannot compute what it is asked
+        for raises when it is.
+        """
+        demand(self.qweight, name)
+        self.backend = None if name == "auto" else name
 
     def _create(
         self, spec: LayerSpec, compute_dtype: torch.dtype | None, device: torch.device | str | None
@@ -115,6 +127,8 @@ class Packed(nn.Module):
     def _called(self) -> Mapping[str, Any]:
         """The packed tensors, as a forward pass has to ask for them."""
         packed: Mapping[str, Any] = self._parameters
+        if self.backend is not None and not torch.compiler.is_compiling():
+            demand(self.qweight, self.backend)  # again: offloading makes new tensors
         if self._tables:
             packed = dict(packed)
             for name in self._tables:
@@ -123,6 +137,8 @@ class Packed(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out_features, in_features), in `compute_dtype` unless told."""
+        if self.backend is not None:
+            demand(self.qweight, self.backend)
         return OPERATORS[self.spec.method].dequantize(
             self.packed(), self.spec, dtype or self.compute_dtype
         )
@@ -150,6 +166,8 @@ class Packed(nn.Module):
         probe: Any = torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)
         super()._apply(moved, recurse)
         self.compute_dtype = fn(probe).dtype
+        if self.backend is not None:
+            demand(self.qweight, self.backend)
         return self
 
 

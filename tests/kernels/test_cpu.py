@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from helpers import ODD_SPECS, random_gptvq
 from helpers_cvxq import ODD_CVXQ, random_cvxq, with_depths
 from helpers_vptq import ODD_VPTQ, random_vptq
-from hf_vq_kernels import cpu_build
+from hf_vq_kernels import cpu_build, cpu_vptq
 from torch import Tensor
 
 from hf_vq.formats import cvxq, gptvq, vptq
@@ -89,25 +90,37 @@ def packed_weight(spec: Any) -> tuple[dict[str, Tensor], Tensor]:
         return packed, OPERATORS[spec.method].dequantize(packed, spec, torch.float32)
 
 
-def check(name: str) -> None:
-    """All token counts and dtypes of one case, forced to the compiled backend."""
+def check(
+    name: str,
+    counts: tuple[int, ...] = (1, 3, 17, 65),
+    dtypes: Iterable[torch.dtype] = TOLERANCE,
+) -> None:
+    """Token counts and dtypes of one case, forced to the compiled backend."""
     spec = CASES[name]
     packed, weight = packed_weight(spec)
     operator, bias = OPERATORS[spec.method], torch.randn(spec.out_features)
     with hf_vq_kernels.use_backend("c"):
-        for dtype, tolerance in TOLERANCE.items():
+        for dtype in dtypes:
             assert torch.equal(operator.dequantize(packed, spec, dtype), weight.to(dtype)), dtype
-            for tokens in (1, 3, 17):
+            for tokens in counts:
                 x = torch.randn(tokens, spec.in_features).to(dtype)
                 right = (x.double() @ weight.double().T + bias).to(dtype)
                 y = operator.linear(x, packed, spec, bias)
-                assert_close(f"{tokens} tokens", y, right, tolerance)
+                assert_close(f"{tokens} tokens", y, right, TOLERANCE[dtype])
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_reference(name: str) -> None:
     check(name)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [f"vptq-{name}" for name in VPTQ])
+def test_codebooks_in_float16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What large codebooks are read as, with those of the cases."""
+    monkeypatch.setattr(cpu_vptq, "HALF_FROM", 0)
+    check(name, (1, 3))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +136,25 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def test_portable_code(name: str, portable: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_build, "library", lambda: portable)
     check(name)
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The same sources with AMX tiles that are emulated in C."""
+    header = str(Path(__file__).parent / "emulated_tiles.h")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_build, "_VARIANTS", (("-march=native", "-include", header, "-pthread"),))
+        return ctypes.CDLL(str(cpu_build.build(tmp_path_factory.mktemp("tiles"))))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_products_on_tiles(name: str, tiles: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_build, "library", lambda: tiles)
+    products = ctypes.c_int.in_dll(tiles, "emulated_products")
+    products.value = 0
+    check(name, (6, 17, 65), (torch.bfloat16,))
+    assert products.value > 0
 
 
 @needs_compiler
