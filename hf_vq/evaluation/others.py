@@ -97,7 +97,7 @@ def _quanto(model: str, names: list[str], bits: int) -> dict[str, tuple[Tensor, 
     quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
     found = {}
     for name in names:
-        weight = quantized.get_submodule(name).weight
+        weight: Any = quantized.get_submodule(name).weight
         if "TinyGemm" in type(weight).__name__:  # laid out for a kernel: back to what is saved
             weight = weight.weight_qbits_tensor()
         size, words = _bytes_within(weight), weight._data
@@ -119,7 +119,7 @@ def _bnb(model: str, names: list[str], bits: int) -> dict[str, tuple[Tensor, int
     quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
     found = {}
     for name in names:
-        layer = quantized.get_submodule(name)
+        layer: Any = quantized.get_submodule(name)
         tensors = layer.state_dict()
         size = sum(_bytes(value) for key, value in tensors.items() if key != "bias")
         found[name] = dequantize_4bit(layer.weight.data, layer.weight.quant_state), size
