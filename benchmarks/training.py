@@ -42,7 +42,7 @@ from hf_vq.registry import METHODS, get_method
 
 CALIBRATION_ROWS, TEST_WINDOWS, OTHER_WINDOWS = 128, 32, 16
 TUNING_ROWS = 1000
-TUNE_STEPS, TUNE_TOKENS = 200, 1024
+TUNE_STEPS, TUNE_TOKENS, TUNE_REASSIGN = 300, 1024, 0.002
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 LORA_STEPS, LORA_TOKENS, LORA_RATE = 300, 320, 1e-3
 REQUANTIZE_STEPS = 60
@@ -71,7 +71,9 @@ class Bench:
         folder = self.cache / f"{method}-{bits:g}"
         if not (folder / "config.json").exists():
             config = get_method(method).config(bits=bits, dataset=self.calibration, seqlen=SEQLEN)
-            model = AutoModelForCausalLM.from_pretrained(self.path, quantization_config=config)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, quantization_config=config, dtype=torch.float32
+            )
             model.save_pretrained(folder)
         return self.load(folder)
 
@@ -94,6 +96,7 @@ def tune_row(bench: Bench, name: str) -> tuple[list[str], bool]:
         tokens_per_step=TUNE_TOKENS,
         nsamples=TUNING_ROWS,
         seqlen=SEQLEN,
+        reassign=TUNE_REASSIGN,
     )
     seconds = time.process_time() - began
     with tempfile.TemporaryDirectory() as folder:
