@@ -190,15 +190,17 @@ def closer(vectors: Tensor, books: Tensor, book: Tensor, codes: Tensor) -> tuple
 def _half_way(books: Tensor) -> Tensor:
     """Squared distance (B, k) of every centroid to half the way to the nearest other one."""
     count, k, _ = books.shape
-    out = torch.empty(count, k, device=books.device)
-    rows = max(1, min(k, _CHUNK // k))
-    for b in range(count):
+    together, rows = max(1, _CHUNK // (k * k)), max(1, min(k, _CHUNK // k))
+    parts = []
+    for some in books.split(together):
         for start in range(0, k, rows):
-            some = books[b, start : start + rows]
-            distances = torch.cdist(some, books[b], compute_mode="donot_use_mm_for_euclid_dist")
-            distances[torch.arange(len(some)), torch.arange(start, start + len(some))] = torch.inf
-            out[b, start : start + rows] = distances.amin(-1) / 2
-    return out.square()
+            few = some[:, start : start + rows]
+            distances = torch.cdist(few, some, compute_mode="donot_use_mm_for_euclid_dist")
+            at = torch.arange(few.shape[1], device=books.device)
+            distances[:, at, start + at] = torch.inf
+            parts.append(distances.amin(-1))
+    # several books at a time, or several parts of one
+    return (torch.cat([part.flatten() for part in parts]).view(count, k) / 2).square()
 
 
 def best(gains: Tensor, most: float) -> Tensor:

@@ -97,6 +97,12 @@ def rounded(layer: PackedLinear, trained: Mapping[str, Tensor]) -> dict[str, Ten
     return {name: wide[name] for name in trained}
 
 
+def stored_spec(layer: PackedLinear) -> LayerSpec:
+    """What a layer that `make_trainable` has put into the model will be stored as."""
+    stored: Stored = getattr(layer, _STORED)
+    return stored.spec
+
+
 def trainable_linears(model: nn.Module) -> dict[str, PackedLinear]:
     """Name -> layer that `make_trainable` has replaced."""
     return {name: layer for name, layer in _linears(model).items() if hasattr(layer, _STORED)}

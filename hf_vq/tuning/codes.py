@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from hf_vq.formats import FORMATS
 from hf_vq.formats.trainable import trained_names
 from hf_vq.layers import PackedLinear
-from hf_vq.tuning.codebooks import trainable_linears, with_hook
+from hf_vq.tuning.codebooks import stored_spec, trainable_linears, with_hook
 
-# Of the weights' root mean square, per step, at the peak of the schedule.
-_LEARNING_RATE = 2e-2
+# Of 2^-bits root mean squares of the weights, which is about the distance between neighbours, per
+# step, at the peak of the schedule.
+_LEARNING_RATE = 0.08
 # What is left of a wish after a step.
 _FADING = 0.99
 _BETAS = (0.9, 0.95)
@@ -57,6 +58,7 @@ class CodeMover:
         self.model, self.share = model, share
         self.layers: dict[str, Decoded] = {}
         self.wishes: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.rates: dict[str, float] = {}
         self.steps = self.changed = 0
         for name, layer in trainable_linears(model).items():
             if FORMATS[layer.spec.method].nearest is None:
@@ -64,6 +66,7 @@ class CodeMover:
             dense = Decoded(layer).train(layer.training)
             model.set_submodule(name, with_hook(dense, layer))
             self.layers[name] = dense
+            self.rates[name] = _LEARNING_RATE * 2.0 ** -stored_spec(layer).bits_per_weight
             weight = dense.weight.detach().float()
             zeros = torch.zeros_like(weight)
             self.wishes[name] = (zeros, zeros.clone(), zeros.clone())
@@ -99,7 +102,7 @@ class CodeMover:
             size = (square / (1 - _BETAS[1] ** self.steps)).sqrt_().add_(1e-20)
             direction = mean / size / (1 - _BETAS[0] ** self.steps)
             weight = layer.dequantize(torch.float32)
-            scale = rate * _LEARNING_RATE * float(weight.square().mean().sqrt())
+            scale = rate * self.rates[name] * float(weight.square().mean().sqrt())
             # on from the decoded weights, wherever the codebooks' own step has taken them
             wish.mul_(_FADING).sub_(direction, alpha=scale)
             if self.steps % _EVERY == 0:

@@ -1,8 +1,9 @@
 """Tuning a packed model to its original, end to end: KL to the original's next-token distributions.
 
 Quantizing makes every matrix right for itself, and a few thousand numbers, the codebooks, decide
-what all codes mean. `tune` trains them, with the codes fixed, by Adam on KL(original || packed), as
-AQLM (arXiv 2401.06118, section 3.4) and VPTQ (arXiv 2409.17066, section 4.2) do. Of every codebook
+what all codes mean. `tune` trains them by Adam on KL(original || packed), with the codes fixed, as
+AQLM (arXiv 2401.06118, section 3.4) and VPTQ (arXiv 2409.17066, section 4.2) do, or with codes that
+move as well, after PV-Tuning (`hf_vq.tuning.codes`). Of every codebook
 there is a float32 master copy; the model runs with what would be stored of it, and the gradient
 found there moves the master (straight-through). So the loss that is minimised, judged and reported
 is that of the model that is saved. Windows held out of the training decide which state is kept.
@@ -70,8 +71,8 @@ def tune(
 ) -> Tuning:
     """Train codebooks, scales and norms of a packed model end to end, in place.
 
-    The codes stay, and the model saves in the same format as before. On the CPU everything runs in
-    float32, elsewhere in the model's dtype.
+    The codes stay unless `reassign` is given, and the model saves in the same format as before. On
+    the CPU everything runs in float32, elsewhere in the model's dtype.
 
     Args:
         model: a packed causal language model, without adapters.

@@ -86,8 +86,10 @@ for folder in sorted(Path(sys.argv[1]).glob("*/*")):
     base = AutoModelForCausalLM.from_pretrained(folder.parent / "base", dtype=dtype)
     if folder.name == "base":
         model = base
-    elif folder.name == "lora":  # an adapter's folder is enough
+    elif folder.name == "lora" and dtype == torch.float32:  # an adapter's folder is enough
+        # in bfloat16 too, but it would round the adapter, which PEFT keeps in float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {dtype}
     else:
         model = PeftModel.from_pretrained(base, folder)
     model.eval()
