@@ -43,8 +43,7 @@ from hf_vq.quantizer import VQHfQuantizer, record
 from hf_vq.registry import METHODS, get_method
 
 CALIBRATION_ROWS, TEST_WINDOWS, OTHER_WINDOWS = 128, 32, 16
-TUNING_ROWS = 1000
-TUNE_STEPS, TUNE_TOKENS, TUNE_REASSIGN = 300, 1024, 0.002
+TUNE_STEPS, TUNE_TOKENS, TUNE_SEQLEN, TUNE_REASSIGN = 300, 1024, 256, 0.002
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 LORA_STEPS, LORA_TOKENS, LORA_RATE = 300, 320, 1e-3
 REQUANTIZE_STEPS = 60
@@ -58,7 +57,7 @@ class Bench:
     def __init__(self, model: Path, data: Path, cache: Path):
         self.path, self.cache = model, cache
         self.calibration = _tokens(data / "docs_calibration_1024x512.npy")[:CALIBRATION_ROWS]
-        self.tuning = _tokens(data / "docs_tuning_4M.npy")[:TUNING_ROWS]
+        self.tuning = _tokens(data / "docs_tuning_4M.npy")
         self.test = windows(_tokens(data / "docs_test.npy"), SEQLEN)[:TEST_WINDOWS]
         tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=10**9)
         text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -93,11 +92,11 @@ def tune_row(bench: Bench, name: str) -> tuple[list[str], bool]:
     hf_vq.tune(
         model,
         bench.dense,
-        bench.tuning,
+        bench.tuning[:, :TUNE_SEQLEN],  # parts of many documents
         steps=TUNE_STEPS,
         tokens_per_step=TUNE_TOKENS,
-        nsamples=TUNING_ROWS,
-        seqlen=SEQLEN,
+        nsamples=TUNE_STEPS * TUNE_TOKENS // TUNE_SEQLEN + 32,
+        seqlen=TUNE_SEQLEN,
         reassign=TUNE_REASSIGN,
     )
     seconds = time.process_time() - began

@@ -24,9 +24,9 @@ from hf_vq.tuning.codebooks import stored_spec, trainable_linears, with_hook
 
 # Of 2^-bits root mean squares of the weights, which is about the distance between neighbours, per
 # step, at the peak of the schedule.
-_LEARNING_RATE = 0.08
+_LEARNING_RATE = 0.1
 # What is left of a wish after a step.
-_FADING = 0.99
+_FADING = 0.995
 _BETAS = (0.9, 0.95)
 # Steps from one change of codes to the next: looking for nearer centroids takes as long as a step.
 _EVERY = 4
