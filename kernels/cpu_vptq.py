@@ -24,7 +24,6 @@ from hf_vq_kernels.cpu_common import (
 from hf_vq_kernels.dispatch import Backend
 from torch import Tensor
 
-
 FEW_TOKENS = 4
 """Fewer are multiplied one by one."""
 HALF_FROM = 2**17
