@@ -1,11 +1,13 @@
 """Packed layers on a CPU beside torch's dense ones: time, bytes read per second, error.
 
     python benchmarks/kernels.py [--tokens 1,4,64] [--shapes 4096x4096,14336x4096] [--repeat N]
-                                 [--threads N] [--cpu-time] [--dtype bfloat16] [--out FILE.md]
+                                 [--threads N] [--cpu-time] [--dtype bfloat16]
+                                 [--out FILE.md] [--append]
 
 Codes are random, geometries those the planner takes (or near them). The peer is `F.linear` in
-the dtype (bfloat16), timed alternately with the packed layer; both go round copies of their weights of some
-hundred megabytes in all, which is more than most caches, if not all last-level ones, hold. Medians.
+the same dtype, timed alternately with the packed layer; both go round copies of their weights of
+some hundred megabytes in all, which is more than most caches, if not all last-level ones, hold.
+Medians. --append: to the file instead of over it.
 --cpu-time: with one thread, the CPU time of it instead, where other programs use the machine too.
 GB/s counts the packed tensors; its share is of a memory copy (read and write) measured in the same
 run. The error is that of the dtype in and out to float32 arithmetic on the decoded weight.
@@ -18,6 +20,7 @@ import datetime
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -136,6 +139,16 @@ def packed_product(
     return lambda i: linear(x, copies[i % len(copies)])
 
 
+def processor() -> str:
+    """Its name where Linux tells it, else its architecture."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", default="1,4,64")
@@ -144,6 +157,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--append", action="store_true")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
@@ -163,8 +177,10 @@ def main() -> None:
     target = torch.empty_like(source)
     copy = 2 * source.numel() / alternate([lambda i: target.copy_(source)], 5)[0]
     reason = cpu_build.unavailable()
+    say(f"`python benchmarks/kernels.py {' '.join(sys.argv[1:])}`")
+    say("")
     say(
-        f"{platform.machine()}, {options.threads} "
+        f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {options.threads} "
         f"threads, torch {torch.__version__}, {datetime.date.today()}; memory copy "
         f"{copy / 1e9:.1f} GB/s; compiled backend: {reason or 'yes'}. Medians of {options.repeat}"
         f"{', CPU time of the thread' if options.cpu_time else ''}. {options.dtype}."
@@ -204,7 +220,8 @@ def main() -> None:
                     f"{size / ours / 1e9:.1f} | {size / ours / copy:.0%} | {error:.1e} |"
                 )
     if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+        with options.out.open("a" if options.append else "w") as file:
+            file.write(("\n" if options.append else "") + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

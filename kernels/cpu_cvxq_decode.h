@@ -17,7 +17,8 @@ INLINE void decode_rows(const cluster_t *c, i64 i, i64 row, i64 n, float *out, c
     const uint8_t *end = (const uint8_t *)(c->words + c->left);
     __m256 f = _mm256_set1_ps(scale), shift = _mm256_set1_ps(location);
     __m256 low = _mm256_mul_ps(how.low, f), high = _mm256_mul_ps(how.high, f);
-    i64 safe = (end - at - (B <= 4 ? 4 : 16)) / B * 8; /* rows before the end of all words */
+    i64 spare = end - at - (B <= 4 ? 4 : 16);
+    i64 safe = spare < 0 ? -1 : spare / B * 8; /* the last row whose read ends before the words do */
     for (i64 r = 0; r < n; r += 8, at += B) {
         uint8_t copy[16];
         const uint8_t *from = at;

@@ -17,7 +17,7 @@ import torch
 from helpers import ODD_SPECS, random_gptvq
 from helpers_cvxq import ODD_CVXQ, random_cvxq, with_depths
 from helpers_vptq import ODD_VPTQ, random_vptq
-from hf_vq_kernels import cpu_build
+from hf_vq_kernels import cpu_build, cpu_vptq
 from torch import Tensor
 
 from hf_vq.formats import cvxq, gptvq, vptq
@@ -92,7 +92,7 @@ def packed_weight(spec: Any) -> tuple[dict[str, Tensor], Tensor]:
 
 def check(
     name: str,
-    counts: tuple[int, ...] = (1, 3, 17),
+    counts: tuple[int, ...] = (1, 3, 17, 65),
     dtypes: Iterable[torch.dtype] = TOLERANCE,
 ) -> None:
     """Token counts and dtypes of one case, forced to the compiled backend."""
@@ -113,6 +113,14 @@ def check(
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_reference(name: str) -> None:
     check(name)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [f"vptq-{name}" for name in VPTQ])
+def test_codebooks_in_float16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What large codebooks are read as, with those of the cases."""
+    monkeypatch.setattr(cpu_vptq, "HALF_FROM", 0)
+    check(name, (1, 3))
 
 
 @pytest.fixture(scope="module")
