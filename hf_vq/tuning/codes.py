@@ -79,6 +79,8 @@ class CodeMover:
     def spread(self) -> None:
         """Give the layers' codebooks the gradients that follow from those of the weights."""
         for dense in self.layers.values():
+            if dense.weight.grad is None:  # an expert that no token was sent to
+                continue
             live = [dense.layer.packed()[key] for key in trained_names(dense.layer.spec)]
             weight = dense.layer.dequantize(torch.float32)
             gradients = torch.autograd.grad(weight, live, dense.weight.grad.float())
@@ -94,6 +96,8 @@ class CodeMover:
         self.steps += 1
         for name, dense in self.layers.items():
             layer: PackedLinear = dense.layer
+            if dense.weight.grad is None:
+                continue
             wish, mean, square = self.wishes[name]
             gradient = dense.weight.grad.float()
             dense.weight.grad = None

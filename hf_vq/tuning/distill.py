@@ -83,7 +83,7 @@ def tune(
         nsamples, seqlen: windows and their tokens. seqlen None: the model's context, at most 2048.
         tokens_per_step: tokens of one optimizer step, rounded to whole windows.
         learning_rate: peak, in root mean squares of each tensor. None: 2e-3.
-        reassign: share of all codes that a step may change, 0 to 1; 0.002 is a good one. Takes five
+        reassign: share of all codes that a step may change, 0 to 1; say 0.002. Takes five
             float32 values per weight (`hf_vq.tuning.codes`). 0: the codes stay.
         tokenizer: for texts. None: the model's own.
         teacher_logits: file for the teacher's most likely tokens: read instead of running the
