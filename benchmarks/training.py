@@ -3,7 +3,9 @@
     python benchmarks/training.py [--rows PATTERN,...] [--out FILE.md] [--model DIR] [--data DIR]
 
 Rows (see README.md beside this):
-    tune_METHOD_BITS  KL to the original before and after `hf_vq.tune`, as the files have it
+    tune_METHOD_BITS  KL to the original before and after `hf_vq.tune` of codebooks, norms, codes
+                      and embeddings, as the files have it
+    codebooks_METHOD_BITS  the same of codebooks and norms alone
     lora_METHOD       perplexity after LoRA from zero, and from the quantization error
     requantize        merge_and_requantize beside quantizing the merged dense model
     memory            peak memory and time of a LoRA step over packed and over dense layers
@@ -43,7 +45,8 @@ from hf_vq.quantizer import VQHfQuantizer, record
 from hf_vq.registry import METHODS, get_method
 
 CALIBRATION_ROWS, TEST_WINDOWS, OTHER_WINDOWS = 128, 32, 16
-TUNE_STEPS, TUNE_TOKENS, TUNE_SEQLEN, TUNE_REASSIGN = 300, 1024, 256, 0.002
+TUNE_STEPS = {2: 1000, 3: 500, 4: 500}
+TUNE_TOKENS, TUNE_SEQLEN, TUNE_REASSIGN = 1024, 256, 0.002
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 LORA_STEPS, LORA_TOKENS, LORA_RATE = 300, 320, 1e-3
 REQUANTIZE_STEPS = 60
@@ -84,20 +87,21 @@ class Bench:
 
 
 def tune_row(bench: Bench, name: str) -> tuple[list[str], bool]:
-    """`tune_METHOD_BITS`: everything after the model has been saved and loaded."""
-    _, method, bits = name.split("_")
-    model = bench.packed(method, float(bits))
+    """`tune_METHOD_BITS`, `codebooks_METHOD_BITS`: after the model has been saved and loaded."""
+    kind, method, bits = name.split("_")
+    model, steps = bench.packed(method, float(bits)), TUNE_STEPS[int(bits)]
     before = bench.kl(model)
     began = time.process_time()
     hf_vq.tune(
         model,
         bench.dense,
         bench.tuning[:, :TUNE_SEQLEN],  # parts of many documents
-        steps=TUNE_STEPS,
+        steps=steps,
         tokens_per_step=TUNE_TOKENS,
-        nsamples=TUNE_STEPS * TUNE_TOKENS // TUNE_SEQLEN + 32,
+        nsamples=steps * TUNE_TOKENS // TUNE_SEQLEN + 32,
         seqlen=TUNE_SEQLEN,
-        reassign=TUNE_REASSIGN,
+        reassign=TUNE_REASSIGN if kind == "tune" else 0,
+        train_unquantized=kind == "tune",
     )
     seconds = time.process_time() - began
     with tempfile.TemporaryDirectory() as folder:
@@ -269,11 +273,20 @@ def _verdict(met: bool, target: str) -> str:
 
 
 Row = Callable[[Bench, str], tuple[list[str], bool]]
+TUNE_HEAD = [
+    "row",
+    "KL",
+    "KL, tuned",
+    "ratio",
+    "KL, other text",
+    "tuned",
+    "ratio",
+    "CPU s",
+    "target",
+]
 KINDS: dict[str, tuple[Row, list[str]]] = {
-    "tune": (
-        tune_row,
-        ["row", "KL", "KL, tuned", "ratio", "KL, other text", "tuned", "ratio", "CPU s", "target"],
-    ),
+    "tune": (tune_row, TUNE_HEAD),
+    "codebooks": (tune_row, TUNE_HEAD),
     "lora": (
         lora_row,
         [
@@ -314,6 +327,7 @@ KINDS: dict[str, tuple[Row, list[str]]] = {
     ),
 }
 ROWS = [f"tune_{method}_{bits}" for method in METHODS for bits in (2, 3, 4)]
+ROWS += [f"codebooks_{method}_2" for method in METHODS]
 ROWS += [f"lora_{method}" for method in METHODS] + ["requantize", "memory"]
 
 

@@ -33,12 +33,13 @@ class Stored(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def make_trainable(model: nn.Module) -> list[str]:
+def make_trainable(model: nn.Module, unquantized: bool = False) -> list[str]:
     """Let codebooks, scales and norms of packed layers, and the model's norms, be trained.
 
     Packed layers are replaced in place by float32 ones with the same codes; every other parameter
-    is frozen. Returns the names of the parameters that require grad now. Raises ValueError for a
-    model without packed layers. Call `store_trained` after training.
+    is frozen, but for dense embeddings and linear layers with `unquantized`. Returns the names of
+    the parameters that require grad now. Raises ValueError for a model without packed layers. Call
+    `store_trained` after training.
     """
     layers = _linears(model)
     if not layers:
@@ -52,7 +53,7 @@ def make_trainable(model: nn.Module) -> list[str]:
             model.set_submodule(name, layer)
         for key in trained_names(layer.spec):
             layer.packed()[key].requires_grad_(True)
-    for parameter in norms(model).values():
+    for parameter in (*norms(model).values(), *(dense_weights(model) if unquantized else ())):
         parameter.requires_grad_(True)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -126,6 +127,14 @@ def norms(model: nn.Module) -> dict[str, nn.Parameter]:
                 if parameter.ndim == 1:
                     found[f"{name}.{leaf}"] = parameter
     return found
+
+
+def dense_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of embeddings and linear layers that are not packed; tied ones once."""
+    kinds = (nn.Linear, nn.Embedding)
+    modules = (m for m in model.modules() if isinstance(m, kinds) and not hasattr(m, "packed"))
+    dense = [m.weight for m in modules]
+    return list({id(weight): weight for weight in dense}.values())
 
 
 def _widened(layer: PackedLinear, name: str) -> PackedLinear:

@@ -65,6 +65,7 @@ def tune(
     tokens_per_step: int = _TOKENS_PER_STEP,
     learning_rate: float | None = None,
     reassign: float = 0.0,
+    train_unquantized: bool = False,
     tokenizer: Any = None,
     teacher_logits: str | None = None,
     seed: int = 0,
@@ -85,6 +86,8 @@ def tune(
         learning_rate: peak, in root mean squares of each tensor. None: 2e-3.
         reassign: share of all codes that a step may change, 0 to 1; say 0.002. Takes five
             float32 values per weight (`hf_vq.tuning.codes`). 0: the codes stay.
+        train_unquantized: train dense embeddings and linear layers too, such as an output head that
+            was not packed. Takes four float32 values per weight.
         tokenizer: for texts. None: the model's own.
         teacher_logits: file for the teacher's most likely tokens: read instead of running the
             teacher if it is there, else written. None: the teacher runs beside the model.
@@ -116,7 +119,7 @@ def tune(
     model.eval()
     mover = None
     try:
-        make_trainable(model)
+        make_trainable(model, train_unquantized)
         with _wide(model):
             masters = Masters(model)
             mover = CodeMover(model, reassign) if reassign else None

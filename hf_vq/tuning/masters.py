@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_vq.formats.trainable import trained_names
 from hf_vq.layers import PackedLinear
-from hf_vq.tuning.codebooks import norms, rounded, trainable_linears
+from hf_vq.tuning.codebooks import rounded, trainable_linears
 
 
 class Masters:
@@ -17,23 +17,25 @@ class Masters:
 
     def __init__(self, model: nn.Module):
         self.layers: list[tuple[PackedLinear, dict[str, Tensor]]] = []
-        self.norms: list[tuple[nn.Parameter, Tensor]] = []
+        self.others: list[tuple[nn.Parameter, Tensor]] = []  # norms, and dense weights
         for layer in trainable_linears(model).values():
             live = layer.packed()
             mine = {name: live[name].detach().clone() for name in trained_names(layer.spec)}
             self.layers.append((layer, mine))
-        for parameter in norms(model).values():
-            self.norms.append((parameter, parameter.detach().float().clone()))
+        packed = {id(live) for layer, _ in self.layers for live in layer.packed().values()}
+        for parameter in model.parameters():
+            if parameter.requires_grad and id(parameter) not in packed:
+                self.others.append((parameter, parameter.detach().float().clone()))
 
     @property
     def masters(self) -> list[Tensor]:
-        return [m for _, mine in self.layers for m in mine.values()] + [m for _, m in self.norms]
+        return [m for _, mine in self.layers for m in mine.values()] + [m for _, m in self.others]
 
     def _live(self) -> Iterator[Tensor]:
         for layer, mine in self.layers:
             live = layer.packed()
             yield from (live[name] for name in mine)
-        yield from (parameter for parameter, _ in self.norms)
+        yield from (parameter for parameter, _ in self.others)
 
     def optimizer(self, rate: float) -> torch.optim.Optimizer:
         sizes = [float(m.square().mean().sqrt().clamp_min(1e-12)) for m in self.masters]
@@ -54,7 +56,7 @@ class Masters:
             live = layer.packed()
             for name, value in rounded(layer, mine).items():
                 live[name].copy_(value)
-        for parameter, master in self.norms:
+        for parameter, master in self.others:
             parameter.copy_(master)
 
     def state(self) -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch
 from helpers import ODD_SPECS, random_gptvq
 from helpers_cvxq import ODD_CVXQ, random_cvxq, with_depths
 from helpers_vptq import ODD_VPTQ, random_vptq
-from hf_vq_kernels import cpu_build, cpu_vptq
+from hf_vq_kernels import cpu_build, cpu_proof, cpu_vptq
 from torch import Tensor
 
 from hf_vq.formats import cvxq, gptvq, vptq
@@ -183,6 +183,39 @@ def test_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [p.name for p in tmp_path.iterdir()] == [first.name]  # nothing half-written is left
     monkeypatch.setattr(cpu_build, "_VARIANTS", (("-O0", "-pthread", "-g"),))
     assert cpu_build.build(tmp_path) != first  # other flags, another library
+
+
+@needs_compiler
+def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu_proof.complaint() is None
+    right = hf_vq_kernels.cvxq_linear
+
+    def wrong(x: Tensor, *arguments: Any) -> Tensor:
+        return right(x, *arguments) * (1 if len(x) < 40 else 1.1)
+
+    monkeypatch.setattr(hf_vq_kernels, "cvxq_linear", wrong)
+    assert "cvxq, 128 rows: 40 tokens in torch.float32" in str(cpu_proof.complaint())
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("ends", "said"), [("kill -SEGV $$", "signal 11"), ("echo 40 tokens; exit 3", "40 tokens")]
+)
+def test_a_library_that_fails_its_proof_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, said: str
+) -> None:
+    proof = tmp_path / "python"
+    proof.write_text(f"#!/bin/sh\n{ends}\n")
+    proof.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(proof))
+    monkeypatch.setattr(cpu_build, "_VARIANTS", (("-O0", "-pthread"), ("-O0", "-fopenmp")))
+    with (
+        pytest.warns(RuntimeWarning, match=f"compiled with -O0 computes wrongly: .*{said}") as seen,
+        pytest.raises(cpu_build.CannotCompile, match=said),
+    ):
+        cpu_build.build(tmp_path / "cache")
+    assert len(seen) == 1  # the same instructions are not tried twice
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,25 @@ def test_tuning_lowers_the_divergence_of_what_is_stored(
     assert kl == pytest.approx(found.kl, rel=0.02)
 
 
+def test_what_is_not_packed_is_tuned_where_asked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher, model = packed("gptvq"), packed("gptvq", torch.bfloat16)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(1.5)
+    data = tokens(24, 32)
+    options = {"steps": 20, "tokens_per_step": 256, "learning_rate": 0.02, "nsamples": 24}
+    embeddings = model.model.embed_tokens.weight.clone()
+    found = hf_vq.tune(model, teacher, data, train_unquantized=True, **options)
+    assert found.kl < 0.9 * found.kl_before
+    assert not torch.equal(model.model.embed_tokens.weight, embeddings)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in (model.model.embed_tokens.weight, model.lm_head.weight)} == {
+        torch.bfloat16
+    }
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_tuning_changes_codes_where_asked(method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
