@@ -76,8 +76,9 @@ class VPTQConfig(VQConfig):
         max_memory, offload_folder: for dispatching the packed model, as in `from_pretrained`,
             which does not hand its own on. Runtime only.
         dequantize: load a packed checkpoint as a dense model. Runtime only.
-        backend: which implementation of the operators computes (docs/operators.md), "torch", "c",
-            "triton"; None: the first that can. Runtime only, also for a packed checkpoint.
+        backend: which implementation of the operators computes (docs/operators.md): "torch",
+            "numba", "c", "triton"; None: the first that can. Runtime only, also for a packed
+            checkpoint.
         measurement: file of the backward pass behind allocation="measured": written if there is
             none, used instead of another pass if there is. Runtime only.
 

@@ -67,9 +67,17 @@ class Backend:
 
 # (module, a package it needs or "", what to call it where that package is missing); best first
 _MODULES = {
-    "gptvq": (("triton_gptvq", "triton", "triton"), ("cpu_gptvq", "", "c")),
+    "gptvq": (
+        ("triton_gptvq", "triton", "triton"),
+        ("cpu_gptvq", "", "c"),
+        ("cpu_numba", "", "numba"),
+    ),
     "vptq": (("triton_vptq", "triton", "triton"), ("cpu_vptq", "", "c")),
-    "cvxq": (("triton_cvxq", "triton", "triton"), ("cpu_cvxq", "", "c")),
+    "cvxq": (
+        ("triton_cvxq", "triton", "triton"),
+        ("cpu_cvxq", "", "c"),
+        ("cpu_numba", "", "numba"),
+    ),
 }
 DEFAULT = "torch"
 

@@ -189,6 +189,8 @@ def test_override_that_contradicts_the_config_names_the_layer():
 def test_loading_attributes():
     assert GPTVQConfig(dequantize=True).get_loading_attributes() == {
         "dequantize": True,
+        "backend": None,
         "asked_to_quantize": False,
     }
     assert GPTVQConfig().get_loading_attributes()["asked_to_quantize"]
+    assert not GPTVQConfig(backend="torch").get_loading_attributes()["asked_to_quantize"]
