@@ -37,7 +37,7 @@ from protocol import environment
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hf_vq
-from hf_vq.engine import run
+from hf_vq.engine import walk
 from hf_vq.engine.blocks import BlockPath
 from hf_vq.engine.run import quantize_model
 from hf_vq.memory import release
@@ -182,7 +182,7 @@ def measure(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     release()
     before = anonymous()
-    run.BlockPath = WatchedPath  # type: ignore[misc]
+    walk.BlockPath = WatchedPath  # type: ignore[misc]
     with Meter() as meter:
         quantize_model(model, plan, samples, config, PhaseReporter(meter))
     return {

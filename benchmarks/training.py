@@ -38,15 +38,16 @@ from transformers.utils import logging
 
 import hf_vq
 from hf_vq.evaluation import compare, perplexity, windows
+from hf_vq.layers import PackedLinear
+from hf_vq.quantizer import VQHfQuantizer, record
 from hf_vq.registry import METHODS, get_method
 
 CALIBRATION_ROWS, TEST_WINDOWS, OTHER_WINDOWS = 128, 32, 16
-TUNING_ROWS = 1000
-TUNE_STEPS, TUNE_TOKENS = 200, 1024
+TUNE_STEPS, TUNE_TOKENS, TUNE_SEQLEN, TUNE_REASSIGN = 300, 1024, 256, 0.002
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 LORA_STEPS, LORA_TOKENS, LORA_RATE = 300, 320, 1e-3
 REQUANTIZE_STEPS = 60
-MEMORY_STEPS, MEMORY_TOKENS = 5, 256
+MEMORY_STEPS, MEMORY_TOKENS = 3, 256
 TUNE_TARGET = {2: 0.70, 3: 0.85, 4: 1.0}
 
 
@@ -56,7 +57,7 @@ class Bench:
     def __init__(self, model: Path, data: Path, cache: Path):
         self.path, self.cache = model, cache
         self.calibration = _tokens(data / "docs_calibration_1024x512.npy")[:CALIBRATION_ROWS]
-        self.tuning = _tokens(data / "docs_tuning_4M.npy")[:TUNING_ROWS]
+        self.tuning = _tokens(data / "docs_tuning_4M.npy")
         self.test = windows(_tokens(data / "docs_test.npy"), SEQLEN)[:TEST_WINDOWS]
         tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=10**9)
         text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -71,7 +72,9 @@ class Bench:
         folder = self.cache / f"{method}-{bits:g}"
         if not (folder / "config.json").exists():
             config = get_method(method).config(bits=bits, dataset=self.calibration, seqlen=SEQLEN)
-            model = AutoModelForCausalLM.from_pretrained(self.path, quantization_config=config)
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, quantization_config=config, dtype=torch.float32
+            )
             model.save_pretrained(folder)
         return self.load(folder)
 
@@ -89,11 +92,12 @@ def tune_row(bench: Bench, name: str) -> tuple[list[str], bool]:
     hf_vq.tune(
         model,
         bench.dense,
-        bench.tuning,
+        bench.tuning[:, :TUNE_SEQLEN],  # parts of many documents
         steps=TUNE_STEPS,
         tokens_per_step=TUNE_TOKENS,
-        nsamples=TUNING_ROWS,
-        seqlen=SEQLEN,
+        nsamples=TUNE_STEPS * TUNE_TOKENS // TUNE_SEQLEN + 32,
+        seqlen=TUNE_SEQLEN,
+        reassign=TUNE_REASSIGN,
     )
     seconds = time.process_time() - began
     with tempfile.TemporaryDirectory() as folder:
@@ -191,6 +195,25 @@ def _random_llama(dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype)
 
 
+def _pack_randomly(model: Any) -> None:
+    """Codes that nobody searched for, which compute as fast and take as much as good ones."""
+    config = hf_vq.GPTVQConfig(bits=2.25)
+    quantizer = VQHfQuantizer(config, pre_quantized=False)
+    for name, spec in hf_vq.make_plan(model, config).layers.items():
+        tensors = {}
+        for key, (shape, dtype) in spec.layout().items():
+            if dtype.is_floating_point:
+                tensors[key] = torch.full(shape, 1e-3, dtype=dtype)
+            else:
+                low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+                tensors[key] = torch.randint(low, high, shape, dtype=dtype)
+        model.set_submodule(name, PackedLinear.from_packed(spec, tensors, None, model.dtype, name))
+    record(config, model, None, [])
+    quantizer.pre_quantized = True
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    model.quantization_method, model.config.quantization_config = config.method, config
+
+
 def _measure_step(folder: str, queue: Any) -> None:
     """Resident memory of a LoRA step over the model in `folder`, and its median seconds."""
     torch.set_num_threads(1)
@@ -217,16 +240,14 @@ def _measure_step(folder: str, queue: Any) -> None:
 
 
 def memory_row(bench: Bench, name: str) -> tuple[list[str], bool]:
-    """Packed without data (its speed and size do not depend on the codes), GPTVQ at 2.25 bits."""
+    """GPTVQ at 2.25 bits, with random codes."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         model = _random_llama(torch.bfloat16)
         model.save_pretrained(f"{folder}/dense")
+        _pack_randomly(model)
+        model.save_pretrained(f"{folder}/packed")
         del model
-        config = hf_vq.GPTVQConfig(bits=2.25, kmeans_iterations=2, refine_iterations=0)
-        packed = AutoModelForCausalLM.from_pretrained(f"{folder}/dense", quantization_config=config)
-        packed.save_pretrained(f"{folder}/packed")
-        del packed
         context = multiprocessing.get_context("spawn")
         for kind in ("dense", "packed"):
             queue = context.Queue()

@@ -41,7 +41,9 @@ def main() -> None:
     test = test[:64]
 
     config = hf_vq.VPTQConfig(bits=2, dataset=train, nsamples=64, seqlen=SEQLEN)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(
+        MODEL, quantization_config=config, dtype=torch.float32
+    )
     model.save_pretrained(arguments.out / "packed")
     model = AutoModelForCausalLM.from_pretrained(arguments.out / "packed", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)

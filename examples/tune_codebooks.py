@@ -1,7 +1,8 @@
-"""Codebook tuning: the same codes and the same size, trained to say what the original says.
+"""Codebook tuning: the same format and the same size, trained to say what the original says.
 
-Quantizes the bundled model, tunes its codebooks and norms to the original's next-token
-distributions, and compares both on text that neither has seen. Some minutes on one CPU core.
+Quantizes the bundled model, tunes its codebooks, norms and a few of its codes to the original's
+next-token distributions, and compares both on text that neither has seen. Some minutes on one CPU
+core.
 
     python examples/tune_codebooks.py [--bits 2] [--steps 100] [--out tuned-output]
 """
@@ -29,6 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--bits", type=float, default=2)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--reassign", type=float, default=0.002, help="0: the codes stay")
     parser.add_argument("--out", type=Path, default=Path("tuned-output"))
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -40,15 +42,17 @@ def main() -> None:
     train, test = (windows(torch.tensor(tokenizer(t)["input_ids"]), SEQLEN) for t in texts)
 
     config = hf_vq.GPTVQConfig(bits=arguments.bits, dataset=train, nsamples=64, seqlen=SEQLEN)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(
+        MODEL, quantization_config=config, dtype=torch.float32
+    )
     dense = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     before = compare(dense, model, test[:64])
 
-    tuned = hf_vq.tune(
-        model, dense, train, steps=arguments.steps, tokens_per_step=2048, seqlen=SEQLEN
-    )
+    options = {"steps": arguments.steps, "tokens_per_step": 1024, "seqlen": SEQLEN}
+    tuned = hf_vq.tune(model, dense, train, reassign=arguments.reassign, **options)
     after = compare(dense, model, test[:64])
     print(f"{tuned.trained:,} numbers trained in {tuned.steps} steps")
+    print(f"{tuned.reassigned:,} codes chosen again")
     print(f"KL {before.kl:.4f} -> {after.kl:.4f}")
     print(f"perplexity {before.perplexity_quantized:.2f} -> {after.perplexity_quantized:.2f}")
     model.save_pretrained(arguments.out)  # the same format, and as large as before

@@ -215,7 +215,7 @@ def measured_plan(
     if config.allocation != "measured" or shared < 2:
         return plan
     from hf_vq.engine.measurement import measured, stored
-    from hf_vq.engine.run import calibration_device
+    from hf_vq.engine.worker import calibration_device
 
     if recorded is None:
         recorded = provenance(config, getattr(model, "name_or_path", ""), samples)

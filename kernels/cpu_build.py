@@ -4,6 +4,9 @@ The library is compiled for the processor at hand on first use, which takes a fe
 in `$HF_VQ_CACHE` (default: hf_vq in the user's cache folder) under a name made of the sources, the
 flags, the compiler and the processor, so that none of these can change unnoticed. It is written
 under another name and then renamed: processes that start together each find nothing or all of it.
+
+Before that it proves itself (cpu_proof.py). One that computes something else, or crashes, is
+reported by a warning, and the sources are compiled again for less of the processor.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 _SOURCES = ("cpu_gptvq.c", "cpu_vptq.c", "cpu_cvxq.c", "cpu_product.c")
@@ -27,6 +31,7 @@ _VARIANTS = (
     ("-march=native", "-pthread"),
     ("-mcpu=native", "-fopenmp"),
     ("-mcpu=native", "-pthread"),
+    ("-march=x86-64-v3", "-fopenmp"),
     ("-pthread",),
 )
 
@@ -75,6 +80,24 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+def _disproof(path: str) -> str | None:
+    """What is wrong with a library, found out in another process; None if nothing is known."""
+    script = (
+        "import sys; sys.path[:] = eval(sys.argv[2]); "
+        "from hf_vq_kernels.cpu_proof import main; main(sys.argv[1:])"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_VQ_BACKEND")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, path, repr([p for p in sys.path if isinstance(p, str)])],
+        capture_output=True, text=True, timeout=900, check=False, env=environment,
+    )  # fmt: skip
+    if done.returncode < 0:
+        return f"it was ended by signal {-done.returncode}"
+    if done.returncode == 3:
+        return done.stdout.strip().splitlines()[-1]
+    return None  # right, or a process that could not even begin
+
+
 def build(folder: Path | None = None) -> Path:
     """Path of the library, compiled unless it is in `folder` (default: `cache_folder()`) already.
 
@@ -100,16 +123,29 @@ def build(folder: Path | None = None) -> Path:
     except OSError:  # a home that cannot be written: compile for this process alone
         folder = Path(tempfile.mkdtemp(prefix="hf_vq_"))
         library = folder / library.name
-    complaint = ""
+    complaint, refused = "", set()
     for variant in _VARIANTS:
+        if variant[0] in refused:
+            continue
         handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
             done = _run([compiler, *_FLAGS, *variant, *map(str, sources), "-o", temporary, "-lm"])
-            if done.returncode == 0:
+            if done.returncode:
+                complaint = done.stderr.strip()
+                continue
+            wrong = _disproof(temporary)
+            if wrong is None:
                 os.replace(temporary, library)
                 return library
-            complaint = done.stderr.strip()
+            refused.add(variant[0])
+            complaint = f"what was compiled with {variant[0]} computes wrongly: {wrong}"
+            warnings.warn(
+                f"hf_vq's CPU kernels, {complaint}; they are compiled for less of this processor. "
+                "Please report it with the output of lscpu",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         except (OSError, subprocess.SubprocessError) as error:
             complaint = str(error)
         finally:
@@ -118,12 +154,20 @@ def build(folder: Path | None = None) -> Path:
     raise CannotCompile(f"{compiler} could not compile the kernels: {last}")
 
 
+_named: list[str] = []
+
+
+def load(path: str) -> None:
+    """Let `library` be the one at `path` in this process; before its first call."""
+    _named[:] = [path]
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library. Raises CannotCompile."""
-    path = build()
+    path = _named[0] if _named else str(build())
     try:
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(path)
     except OSError as error:
         raise CannotCompile(f"{path} cannot be loaded: {error}") from error
 

@@ -10,6 +10,8 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,7 +61,8 @@ class HubServer:
     """`with HubServer() as hub:`; `hub.url` is the endpoint.
 
     requests: (method, path) of all that came. fail: called with both before an answer; what it
-    raises as `Refused` is the answer, and "break" breaks the connection off.
+    raises as `Refused` is the answer, and "break" breaks the connection off. cut: called with the
+    path of an upload; after as many bytes as it says its connection is reset (None: after none).
     """
 
     def __init__(self) -> None:
@@ -67,6 +70,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.fail: Callable[[str, str], str | None] = lambda method, path: None
+        self.cut: Callable[[str], int | None] = lambda path: None
         self._routes = [
             ("GET", "/api/whoami-v2", self._whoami),
             ("POST", "/api/repos/create", self._create),
@@ -109,6 +113,10 @@ class HubServer:
     def _answer(self, request: Any) -> None:
         url = urlparse(request.path)
         path, method = unquote(url.path), request.command
+        if method == "PUT" and (part := self.cut(path)) is not None:
+            self.requests.append((method, path))
+            request.rfile.read(part)
+            return self._reset(request)
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         if request.headers.get("Transfer-Encoding") == "chunked":
             body = _chunks(request.rfile)
@@ -141,6 +149,13 @@ class HubServer:
             self._send(request, refusal.status, text, headers)
         except (BrokenPipeError, ConnectionResetError):
             pass
+
+    def _reset(self, request: Any) -> None:
+        """Close the connection as a machine that goes down does: the other side gets a reset."""
+        linger = struct.pack("ii", 1, 0)
+        request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        request.close_connection = True
+        request.connection.close()
 
     def _send(
         self, request: Any, status: int, body: bytes, headers: dict[str, str] | None = None

@@ -360,14 +360,21 @@ def test_official_checkpoint_is_decoded_exactly(official, tmp_path):
     expected = load_file(official / "expected.safetensors")
     dense = {k.removeprefix("dense."): v for k, v in expected.items() if k.startswith("dense.")}
 
+    def logits_of(model):
+        with torch.no_grad():
+            return model(expected["input_ids"]).logits
+
+    model = load(official, dtype=torch.float32)
+    assert_weights(model, dense)
+    logits = logits_of(model)
+    # the weights are the same bit for bit; products of another version of torch are not
+    torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+
     def check(folder, **kwargs):
         model = load(folder, dtype=torch.float32, **kwargs)
-        with torch.no_grad():
-            assert torch.equal(model(expected["input_ids"]).logits, expected["logits"])
+        assert torch.equal(logits_of(model), logits)
         return model
 
-    model = check(official)
-    assert_weights(model, dense)
     model.save_pretrained(tmp_path / "again")
     assert_weights(check(tmp_path / "again"), dense)
     check(official, device_map="auto")
@@ -385,7 +392,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 expected = load_file({str(official / "expected.safetensors")!r})
 model = AutoModelForCausalLM.from_pretrained({str(official)!r}, dtype=torch.float32)
-assert torch.equal(model(expected["input_ids"]).logits, expected["logits"])
+logits = model(expected["input_ids"]).logits
+torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
 assert "vptq" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markdown import Markdown
 
-from hf_vq.cli.common import check_model, load_tokenizer, one_line_errors, stderr
+from hf_vq.cli.common import check_model, load_tokenizer, one_line_errors, stderr, stdout
 from hf_vq.evaluation.comparison import KNOWN, ComparisonRow, compare_methods, table, write
 
 
@@ -28,7 +27,9 @@ def compare(
     nsamples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens per sequence and window.")] = 512,
     max_windows: Annotated[int, typer.Option(min=1, help="Windows to compare on at most.")] = 100,
-    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="As in from_pretrained; float32 is faster on many CPUs.")
+    ] = "auto",
 ) -> None:
     """Quantize MODEL with every method at every size and compare the results with it.
 
@@ -55,20 +56,24 @@ def compare(
     samples = windows(load_tokens(dataset, tools)[: nsamples * seqlen], seqlen)
     held_out = windows(load_tokens(eval_dataset, tools)[: max_windows * seqlen], seqlen)
 
-    def say(row: ComparisonRow) -> None:
+    machine = environment()
+    protocol = (
+        f"{Path(model).name}: calibrated on {len(samples)} x {seqlen} tokens of "
+        f"{describe_dataset(dataset)}, compared on {len(held_out)} windows of {seqlen} tokens "
+        f"of {describe_dataset(eval_dataset)}, with decoded weights in float32; quantized "
+        f"{'in its own dtype' if dtype == 'auto' else f'in {dtype}'}; hf_vq "
+        f"{machine['hf_vq']}, torch {machine['torch']}, {machine['device']}, {machine['threads']} "
+        f"thread{'s' * (machine['threads'] > 1)}. CPU seconds are of loading and quantizing."
+    )
+
+    def say(itself: float, rows: list[ComparisonRow]) -> None:
+        row = rows[-1]
         found = row.note if row.kl is None else f"{row.bits:.3f} bits, KL {row.kl:.4f}"
         stderr.print(f"{row.method} {row.nominal}: {found}", markup=False, highlight=False)
+        if out is not None:  # after every row: hours of them must not be lost with the last
+            write(out, itself, rows, {"protocol": protocol, "environment": machine})
 
     itself, rows = compare_methods(model, chosen, sizes, samples, held_out, say=say, dtype=dtype)
-    Console().print(Markdown(table(itself, rows)))
+    stdout().print(Markdown(table(itself, rows)))
     if out is not None:
-        machine = environment()
-        protocol = (
-            f"{Path(model).name}: calibrated on {len(samples)} x {seqlen} tokens of "
-            f"{describe_dataset(dataset)}, compared on {len(held_out)} windows of {seqlen} tokens "
-            f"of {describe_dataset(eval_dataset)}; hf_vq {machine['hf_vq']}, torch "
-            f"{machine['torch']}, {machine['device']}, {machine['threads']} threads. Seconds are "
-            "wall-clock, on a machine that may have been busy."
-        )
-        write(out, itself, rows, {"protocol": protocol, "environment": machine})
         print(f"written: {out / 'comparison.md'}")

@@ -135,7 +135,7 @@ def evaluate(
     if json_file is not None:
         json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if card and Path(out).is_dir():
-        _keep(Path(out), evaluation, rows)
+        _keep(Path(out), evaluation, rows, against)
 
 
 def _original(against: str | None, file: Path | None, cut: Any, load: Any) -> Any:
@@ -180,7 +180,12 @@ def _print_tasks(rows: list[dict[str, Any]]) -> None:
     stdout().print(table)
 
 
-def _keep(folder: Path, evaluation: dict[str, Any] | None, rows: list[dict[str, Any]]) -> None:
+def _keep(
+    folder: Path,
+    evaluation: dict[str, Any] | None,
+    rows: list[dict[str, Any]],
+    original: str | None,
+) -> None:
     from hf_vq.formats import packed_settings
     from hf_vq.hub.card import write_card
     from hf_vq.hub.record import add_to_record
@@ -189,5 +194,6 @@ def _keep(folder: Path, evaluation: dict[str, Any] | None, rows: list[dict[str, 
     if packed_settings(config) is None:  # an original, evaluated for comparison
         return
     add_to_record(folder, evaluation, rows)
-    if not write_card(folder):
+    base = original if original is not None and Path(original).is_dir() else None
+    if not write_card(folder, base_folder=base):
         stderr.print("note: README.md is not ours and stays; evaluation.json has the figures")

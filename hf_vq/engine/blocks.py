@@ -132,7 +132,7 @@ def capture(
 
 
 def _same(hidden: torch.Tensor, first: torch.Tensor) -> bool:
-    """Equal, or not a number, which is for `hf_vq.engine.run` to complain about."""
+    """Equal, or not a number, which is for `hf_vq.engine.walk` to complain about."""
     first = first.to(hidden.device)
     return bool(((hidden == first) | hidden.isnan()).all())
 

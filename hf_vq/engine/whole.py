@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from hf_vq.engine.report import Reporter
-from hf_vq.engine.run import calibration_device, quantize_model
+from hf_vq.engine.run import quantize_model
 from hf_vq.engine.sensitivity import measure
+from hf_vq.engine.worker import calibration_device
 from hf_vq.loading import packed_layers
 from hf_vq.plan import Plan, make_plan, measured_plan
 from hf_vq.tying import tied_modules

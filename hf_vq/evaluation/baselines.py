@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_vq.engine.run import _sequential, _Worker, linear_of
+from hf_vq.engine.run import walk_model
+from hf_vq.engine.worker import Worker, linear_of
 from hf_vq.methods.feedback import correction, sweep
 from hf_vq.methods.lookup import Lookup
 from hf_vq.methods.statistics import Statistics
@@ -148,7 +149,7 @@ def quantize_baseline(
             worker.quantize([name], None)
             worker.swap([name])
     else:
-        _sequential(model, samples, config, worker)
+        walk_model(model, samples, config, worker)
     return worker.stored / sum(spec.num_weights for spec in layers.values())
 
 
@@ -170,7 +171,7 @@ class _Dense(nn.Linear):
         return self.weight.to(dtype)
 
 
-class _ScalarWorker(_Worker):
+class _ScalarWorker(Worker):
     """The engine's worker, with a scalar quantizer and dense results. stored: bits in all."""
 
     def __init__(

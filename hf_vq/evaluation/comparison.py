@@ -2,12 +2,12 @@
 
 The measure is the scalar format: b bits with a scale and a zero per 64 columns cost b + (16 + b)/64
 bits. Ours are given exactly that, everything counted; what other libraries really store is counted
-after they have quantized. All are compared with one pass of the original over the same windows.
+after they have quantized. All are compared with one pass of the original over the same windows,
+with decoded weights in float32, so that nothing but the weights differs.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -15,20 +15,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_vq.evaluation.baselines import BASELINES, bits_per_weight, quantize_baseline
 from hf_vq.evaluation.metrics import compare
+from hf_vq.evaluation.others import OTHERS, Unavailable, quantize_other
 from hf_vq.evaluation.teacher import Teacher
+from hf_vq.loading import packed_layers
 from hf_vq.registry import METHODS
+from hf_vq.tying import make_dense
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
     """One method at one size. nominal: the bits asked for; bits: all-in, as stored.
 
-    seconds: of quantizing. The figures are as in `hf_vq.evaluation.Comparison`; None, with a note
-    that says why, where the method did not run.
+    seconds, cpu: of loading and quantizing, by the clock and of the CPU. The figures are as in
+    `hf_vq.evaluation.Comparison`; None, with a note that says why, where the method did not run.
     """
 
     method: str
@@ -39,35 +43,9 @@ class ComparisonRow:
     kl_p99: float | None = None
     top1: float | None = None
     seconds: float | None = None
+    cpu: float | None = None
     note: str = ""
 
-
-def _hqq(bits: int) -> Any:
-    from transformers import HqqConfig
-
-    return HqqConfig(nbits=bits, group_size=64)
-
-
-def _quanto(bits: int) -> Any:
-    from transformers import QuantoConfig
-
-    return QuantoConfig(weights=f"int{bits}")
-
-
-def _bnb(bits: int) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-
-
-OTHERS: dict[str, tuple[str, tuple[int, ...], Callable[[int], Any]]] = {
-    "hqq": ("hqq", (1, 2, 3, 4, 8), _hqq),
-    "quanto": ("optimum.quanto", (2, 4, 8), _quanto),
-    "bnb": ("bitsandbytes", (4,), _bnb),
-}
-"""Other libraries: package, the bits that they have, their config through Transformers."""
 
 KNOWN = (*METHODS, *BASELINES, *OTHERS)
 
@@ -79,29 +57,30 @@ def compare_methods(
     samples: Tensor,
     windows: Tensor,
     *,
-    say: Callable[[ComparisonRow], None] = lambda row: None,
+    say: Callable[[float, list[ComparisonRow]], None] = lambda itself, rows: None,
     dtype: Any = "auto",
 ) -> tuple[float, list[ComparisonRow]]:
     """Quantize `model` with every method at every size; the original's perplexity, and the rows.
 
-    samples, windows: int64 (n, seqlen), for calibration and held out. A method that cannot run is
-    a row with its reason. Raises ValueError for an unknown method.
+    samples, windows: int64 (n, seqlen), for calibration and held out. say: called after every row
+    with what is known by then. dtype: of the model while ours and the baselines quantize it. A
+    method that cannot run is a row with its reason. Raises ValueError for an unknown method.
     """
     from transformers import AutoModelForCausalLM
 
     methods, bits = list(methods), list(bits)
     if unknown := [name for name in methods if name not in KNOWN]:
         raise ValueError(f"there is no method {unknown[0]!r}; known are {', '.join(KNOWN)}")
-    original = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).float()
     teacher = Teacher.measure(original, windows)
     itself = compare(teacher, original, windows).perplexity_dense
     rows = []
     for nominal in bits:
         for method in methods:
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
             try:
                 quantized, stored = _quantize(model, method, nominal, samples, dtype)
-                seconds = time.perf_counter() - began
+                cost = time.perf_counter() - began, time.process_time() - began_cpu
                 found = compare(teacher, quantized, windows)
             except Unavailable as reason:
                 rows.append(ComparisonRow(method, nominal, note=str(reason)))
@@ -112,18 +91,15 @@ def compare_methods(
                 rows.append(ComparisonRow(method, nominal, note=note))
             else:
                 figures = (found.perplexity_quantized, found.kl, found.kl_p99, found.top1)
-                rows.append(ComparisonRow(method, nominal, stored, *figures, seconds))
-            say(rows[-1])
+                rows.append(ComparisonRow(method, nominal, stored, *figures, *cost))
+            say(itself, rows)
     return itself, rows
-
-
-class Unavailable(Exception):
-    """A method that cannot run here at this size, and why."""
 
 
 def _quantize(
     model: str, method: str, bits: int, samples: Tensor, dtype: Any
 ) -> tuple[nn.Module, float]:
+    """The quantized model with decoded weights, in float32, and its all-in bits."""
     from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained
@@ -132,57 +108,22 @@ def _quantize(
         count, length = samples.shape
         config = make(bits=bits_per_weight(bits), dataset=samples, nsamples=count, seqlen=length)
         packed: Any = load(model, quantization_config=config, dtype=dtype)
-        return packed, packed.hf_quantizer.report["ledger"]["decoder_bits"]
+        stored = packed.hf_quantizer.report["ledger"]["decoder_bits"]
+        for name in packed_layers(packed):
+            make_dense(packed, name, torch.float32)
+        return nn.Module.float(packed), stored  # its own refuses what was quantized
     if method in BASELINES:
         dense = load(model, dtype=dtype)
-        # in float32, or rounding to the model's dtype would be a second quantization
         stored = quantize_baseline(dense, method, bits, samples)
         return dense.float(), stored
-    package, possible, config_of = OTHERS[method]
-    if bits not in possible:
-        raise Unavailable(f"{method} has no {bits} bits")
-    try:
-        installed = importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        installed = False
-    if not installed:
-        raise Unavailable(f"{package} is not installed")
-    names = _linears(model)
-    other = load(model, quantization_config=config_of(bits), dtype=dtype)
-    return other, _stored_bits(other, names)
-
-
-def _linears(model: str) -> dict[str, int]:
-    """Names of the linear layers of the decoder blocks -> weights."""
-    from hf_vq.configs import GPTVQConfig
-    from hf_vq.hub.planning import plan_model
-
-    layers = plan_model(model, GPTVQConfig(bits=4)).layers
-    return {name: spec.num_weights for name, spec in layers.items()}
-
-
-def _stored_bits(model: nn.Module, names: dict[str, int]) -> float:
-    """Bits per weight of what the layers' state dicts hold, biases left out."""
-    stored = 0
-    for name in names:
-        seen = _tensors(model.get_submodule(name).state_dict(), "")
-        stored += sum(t.numel() * t.element_size() for key, t in seen if key != ".bias")
-    return 8 * stored / sum(names.values())
-
-
-def _tensors(value: Any, key: str) -> Iterable[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, entry in value.items():
-            yield from _tensors(entry, f"{key}.{name}")
+    return quantize_other(model, method, bits)
 
 
 def table(itself: float, rows: list[ComparisonRow]) -> str:
     """Markdown, one line per row; the best KL of every size in bold."""
     lines = [
         "| bits asked | method | bits, everything counted | perplexity | KL | "
-        "KL, 99th percentile | same most likely token | seconds |",
+        "KL, 99th percentile | same most likely token | CPU s |",
         "|---|---|---|---|---|---|---|---|",
         f"| | original | | {itself:.3f} | 0 | 0 | 100 % | |",
     ]
@@ -194,7 +135,7 @@ def table(itself: float, rows: list[ComparisonRow]) -> str:
         kl = f"**{r.kl:.4f}**" if r is best[r.nominal] else f"{r.kl:.4f}"
         lines.append(
             f"| {r.nominal} | {r.method} | {r.bits:.3f} | {r.perplexity:.3f} | {kl} | "
-            f"{r.kl_p99:.3f} | {100 * (r.top1 or 0):.1f} % | {r.seconds:.1f} |"
+            f"{r.kl_p99:.3f} | {100 * (r.top1 or 0):.1f} % | {r.cpu:.1f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_vq.formats import cvxq, cvxq_config, gptvq, layer_list, trainable, vptq, vptq_config
+from hf_vq.formats import (
+    cvxq,
+    cvxq_config,
+    gptvq,
+    layer_list,
+    nearest,
+    trainable,
+    vptq,
+    vptq_config,
+)
 from hf_vq.formats.base import LayerSpec, TensorLayout
 from hf_vq.formats.validation import FormatError, check_layout, check_version
 
@@ -53,6 +62,8 @@ class Format:
     is_current(spec) -> False for an old layout, which is read but not computed with;
     modernize(tensors, spec) -> then, the tensors and the spec of the same matrix stored today.
     adopt(config.json) -> one with a `quantization_config`, for layouts without.
+    nearest(weights to come near to, wide tensors, wide spec, most) -> the tensors that have changed
+        when at most this share of the codes is chosen again, and how many were; None: cannot be.
     """
 
     spec_class: type[LayerSpec]
@@ -74,6 +85,9 @@ class Format:
         lambda tensors, spec: (tensors, spec)
     )
     adopt: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
+    nearest: (
+        Callable[[Tensor, Mapping[str, Tensor], Any, float], tuple[dict[str, Tensor], int]] | None
+    ) = None
 
     def lists_layers(self, stored: Mapping[str, Any]) -> bool:
         """Whether a `quantization_config` describes a packed model, not a wish."""
@@ -107,6 +121,7 @@ FORMATS: dict[str, Format] = {
         gptvq.check,
         trainable.widen_gptvq,
         trainable.narrow_gptvq,
+        nearest=nearest.nearest_gptvq,
     ),
     "vptq": Format(
         vptq.VPTQSpec,
@@ -126,6 +141,7 @@ FORMATS: dict[str, Format] = {
         is_current=lambda spec: spec.storage == "packed",
         modernize=vptq.modernize,
         adopt=vptq_config.adopt,
+        nearest=nearest.nearest_vptq,
     ),
     "cvxq": Format(
         cvxq.CVXQSpec,
@@ -139,6 +155,7 @@ FORMATS: dict[str, Format] = {
         read_entry=cvxq_config.read_entry,
         has_bias=cvxq_config.has_bias,
         write_layers=cvxq_config.write_layers,
+        nearest=nearest.nearest_cvxq,
     ),
 }
 

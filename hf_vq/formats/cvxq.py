@@ -171,7 +171,7 @@ def pack(codes: CVXQCodes, spec: CVXQSpec) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, stored in spec.layout().items():
         if name == "words":
-            out[name] = _pack_words(codes, spec)
+            out[name] = pack_words(codes, spec)
         elif name == "depths":
             out[name] = pack_bits(codes.depths, 4)
         elif stored.dtype == torch.int16:
@@ -182,7 +182,8 @@ def pack(codes: CVXQCodes, spec: CVXQSpec) -> dict[str, Tensor]:
     return out
 
 
-def _pack_words(codes: CVXQCodes, spec: CVXQSpec) -> Tensor:
+def pack_words(codes: CVXQCodes, spec: CVXQSpec) -> Tensor:
+    """The stored tensor "words": the codes of all groups, int32 (num_words,)."""
     depths = codes.depths.to(torch.int64)
     words = torch.zeros(spec.num_words, dtype=torch.int32, device=depths.device)
     if depths.is_meta:

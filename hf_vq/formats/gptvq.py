@@ -231,7 +231,7 @@ def check(tensors: Mapping[str, Tensor], spec: GPTVQSpec, where: str) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{where}: {name!r} holds values that are not finite; {damaged}")
     if spec.scale_block and spec.scale_domain == "log":
-        offset, step = tensors["scale_grid"].float()
+        offset, step = tensors["scale_grid"].detach().float()
         largest = float(torch.maximum(offset, offset + 15 * step).max())
         if largest >= 128:  # 2**128 overflows fp32
             raise FormatError(

@@ -40,8 +40,13 @@ def hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
         for cause in _causes(error):  # uploads of large files wrap what went wrong
             if isinstance(cause, HfHubHTTPError):
                 raise PushError(f"{_refusal(cause, repo_id)}; {_AGAIN}") from error
-            # httpx, or httpx2, depending on the version of huggingface_hub
-            if type(cause).__module__.startswith("httpx"):
+            if "xet-write-token" in str(cause) and "404" in str(cause):
+                raise PushError(
+                    f"{endpoint} does not speak Xet, which hf_xet uploads with: set "
+                    "HF_HUB_DISABLE_XET=1 to upload through LFS, and push again"
+                ) from error
+            # httpx, or httpx2, depending on the version of huggingface_hub; hf_xet has no class
+            if type(cause).__module__.startswith("httpx") or type(cause) is ConnectionError:
                 raise PushError(
                     f"{endpoint} could not be reached or broke off ({_line(cause)}); nothing was "
                     f"published, {_AGAIN}"

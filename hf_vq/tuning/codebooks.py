@@ -10,7 +10,7 @@ in every step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from hf_vq.formats import FORMATS, LayerSpec
 from hf_vq.formats.trainable import trained_names
 from hf_vq.layers import PackedLinear
 from hf_vq.loading import packed_layers
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _STORED = "_hf_vq_stored"
 """Attribute of a trainable layer that holds what it was made of; the codes are shared with it."""
@@ -69,7 +71,7 @@ def store_trained(model: nn.Module) -> None:
             tensors = narrowed(layer)
             bias = None if layer.bias is None else layer.bias.detach()
             new = PackedLinear.from_packed(stored.spec, tensors, bias, layer.compute_dtype, name)
-            model.set_submodule(name, _with_hook(new.train(layer.training), layer))
+            model.set_submodule(name, with_hook(new.train(layer.training), layer))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -93,6 +95,12 @@ def rounded(layer: PackedLinear, trained: Mapping[str, Tensor]) -> dict[str, Ten
     stored: Stored = getattr(layer, _STORED)
     wide, _ = FORMATS[stored.spec.method].widen(narrowed(layer, trained), stored.spec)
     return {name: wide[name] for name in trained}
+
+
+def stored_spec(layer: PackedLinear) -> LayerSpec:
+    """What a layer that `make_trainable` has put into the model will be stored as."""
+    stored: Stored = getattr(layer, _STORED)
+    return stored.spec
 
 
 def trainable_linears(model: nn.Module) -> dict[str, PackedLinear]:
@@ -130,10 +138,10 @@ def _widened(layer: PackedLinear, name: str) -> PackedLinear:
     new = PackedLinear.from_packed(spec, wide, bias, layer.compute_dtype, name)
     new.requires_grad_(False)
     object.__setattr__(new, _STORED, Stored(layer.spec, tensors))
-    return _with_hook(new.train(layer.training), layer)
+    return with_hook(new.train(layer.training), layer)
 
 
-def _with_hook(new: PackedLinear, old: PackedLinear) -> PackedLinear:
+def with_hook(new: Module, old: nn.Module) -> Module:
     """Accelerate's hook, if any, moves inputs to the layer's device."""
     hook: Any = getattr(old, "_hf_hook", None)
     if hook is not None:

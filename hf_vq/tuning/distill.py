@@ -1,8 +1,9 @@
 """Tuning a packed model to its original, end to end: KL to the original's next-token distributions.
 
 Quantizing makes every matrix right for itself, and a few thousand numbers, the codebooks, decide
-what all codes mean. `tune` trains them, with the codes fixed, by Adam on KL(original || packed), as
-AQLM (arXiv 2401.06118, section 3.4) and VPTQ (arXiv 2409.17066, section 4.2) do. Of every codebook
+what all codes mean. `tune` trains them by Adam on KL(original || packed), with the codes fixed, as
+AQLM (arXiv 2401.06118, section 3.4) and VPTQ (arXiv 2409.17066, section 4.2) do, or with codes that
+move as well, after PV-Tuning (`hf_vq.tuning.codes`). Of every codebook
 there is a float32 master copy; the model runs with what would be stored of it, and the gradient
 found there moves the master (straight-through). So the loss that is minimised, judged and reported
 is that of the model that is saved. Windows held out of the training decide which state is kept.
@@ -20,15 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_vq.formats.trainable import trained_names
-from hf_vq.layers import PackedLinear
-from hf_vq.tuning.codebooks import (
-    make_trainable,
-    norms,
-    rounded,
-    store_trained,
-    trainable_linears,
-)
+from hf_vq.tuning.codebooks import make_trainable, store_trained
+from hf_vq.tuning.codes import CodeMover
+from hf_vq.tuning.masters import Masters
 from hf_vq.tuning.teacher import Teacher, open_teacher, tuning_windows
 
 logger = logging.getLogger(__name__)
@@ -47,12 +42,16 @@ _CHECKS = 4
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` has done. kl_before, kl: nats per position on the held-out windows, as stored."""
+    """What `tune` has done. kl_before, kl: nats per position on the held-out windows, as stored.
+
+    trained: numbers that were trained. reassigned: changes of codes on the way.
+    """
 
     kl_before: float
     kl: float
     steps: int
     trained: int
+    reassigned: int = 0
 
 
 def tune(
@@ -65,14 +64,15 @@ def tune(
     seqlen: int | None = None,
     tokens_per_step: int = _TOKENS_PER_STEP,
     learning_rate: float | None = None,
+    reassign: float = 0.0,
     tokenizer: Any = None,
     teacher_logits: str | None = None,
     seed: int = 0,
 ) -> Tuning:
     """Train codebooks, scales and norms of a packed model end to end, in place.
 
-    The codes stay, and the model saves in the same format as before. On the CPU everything runs in
-    float32, elsewhere in the model's dtype.
+    The codes stay unless `reassign` is given, and the model saves in the same format as before. On
+    the CPU everything runs in float32, elsewhere in the model's dtype.
 
     Args:
         model: a packed causal language model, without adapters.
@@ -83,6 +83,8 @@ def tune(
         nsamples, seqlen: windows and their tokens. seqlen None: the model's context, at most 2048.
         tokens_per_step: tokens of one optimizer step, rounded to whole windows.
         learning_rate: peak, in root mean squares of each tensor. None: 2e-3.
+        reassign: share of all codes that a step may change, 0 to 1; say 0.002. Takes five
+            float32 values per weight (`hf_vq.tuning.codes`). 0: the codes stay.
         tokenizer: for texts. None: the model's own.
         teacher_logits: file for the teacher's most likely tokens: read instead of running the
             teacher if it is there, else written. None: the teacher runs beside the model.
@@ -97,6 +99,8 @@ def tune(
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps}: at least 1 is needed")
+    if not 0 <= reassign <= 1:
+        raise ValueError(f"reassign={reassign}: a share of all codes is needed, 0 to 1")
     windows = tuning_windows(model, dataset, tokenizer, nsamples, seqlen, seed)
     if len(windows) < 2:
         raise ValueError(
@@ -110,33 +114,44 @@ def tune(
     steps = max(100, math.ceil(len(pool) / per_step)) if steps is None else steps
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    mover = None
     try:
         make_trainable(model)
         with _wide(model):
-            masters = _Masters(model)
+            masters = Masters(model)
+            mover = CodeMover(model, reassign) if reassign else None
             run = _Runner(model, source, windows)
             rate = _LEARNING_RATE if learning_rate is None else learning_rate
             before = best = run.kl(judges)
-            state = masters.state()
+            state = masters.state(), mover.state() if mover else []
             optimizer = masters.optimizer(rate)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
+            factor = _schedule(steps)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
             batches = _batches(pool, per_step, seed)
             for step in range(1, steps + 1):
                 run.backward(next(batches))
+                if mover is not None:
+                    mover.spread()
                 masters.step(optimizer)
+                if mover is not None:
+                    mover.step(factor(step - 1))
                 schedule.step()
                 if step == steps or step % max(1, steps // _CHECKS) == 0:
                     kl = run.kl(judges)
                     logger.info("step %d of %d: KL %.5f, %.5f before", step, steps, kl, before)
                     if kl < best:
-                        best, state = kl, masters.state()
-            masters.load(state)
-            trained = sum(master.numel() for master in masters.masters)
+                        best, state = kl, (masters.state(), mover.state() if mover else [])
+            masters.load(state[0])
+            if mover is not None:
+                mover.load(state[1])
+            count = sum(master.numel() for master in masters.masters)
     finally:
+        if mover is not None:
+            mover.restore()
         store_trained(model)
         for module, training in modes:
             module.training = training
-    return Tuning(before, best, steps, trained)
+    return Tuning(before, best, steps, count, 0 if mover is None else mover.changed)
 
 
 def _schedule(steps: int) -> Any:
@@ -183,61 +198,6 @@ def _wide(model: nn.Module) -> Iterator[None]:
         for parameter, data in before:
             # what was not trained is put back, not rounded again
             parameter.data = parameter.data.to(data.dtype) if parameter.requires_grad else data
-
-
-class _Masters:
-    """float32 masters of everything trained; the model holds what would be stored of them."""
-
-    def __init__(self, model: nn.Module):
-        self.layers: list[tuple[PackedLinear, dict[str, Tensor]]] = []
-        self.norms: list[tuple[nn.Parameter, Tensor]] = []
-        for layer in trainable_linears(model).values():
-            live = layer.packed()
-            mine = {name: live[name].detach().clone() for name in trained_names(layer.spec)}
-            self.layers.append((layer, mine))
-        for parameter in norms(model).values():
-            self.norms.append((parameter, parameter.detach().float().clone()))
-
-    @property
-    def masters(self) -> list[Tensor]:
-        return [m for _, mine in self.layers for m in mine.values()] + [m for _, m in self.norms]
-
-    def _live(self) -> Iterator[Tensor]:
-        for layer, mine in self.layers:
-            live = layer.packed()
-            yield from (live[name] for name in mine)
-        yield from (parameter for parameter, _ in self.norms)
-
-    def optimizer(self, rate: float) -> torch.optim.Optimizer:
-        sizes = [float(m.square().mean().sqrt().clamp_min(1e-12)) for m in self.masters]
-        groups = [{"params": [m], "lr": rate * s} for m, s in zip(self.masters, sizes, strict=True)]
-        return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Move the masters by the gradients of what is stored, and store them anew."""
-        for master, live in zip(self.masters, self._live(), strict=True):
-            master.grad = None if live.grad is None else live.grad.float()
-            live.grad = None
-        optimizer.step()
-        self._store()
-
-    @torch.no_grad()
-    def _store(self) -> None:
-        for layer, mine in self.layers:
-            live = layer.packed()
-            for name, value in rounded(layer, mine).items():
-                live[name].copy_(value)
-        for parameter, master in self.norms:
-            parameter.copy_(master)
-
-    def state(self) -> list[Tensor]:
-        return [master.clone() for master in self.masters]
-
-    def load(self, state: list[Tensor]) -> None:
-        """Back to `state`. The layers' own values are what is stored at the end, so they follow."""
-        for master, value in zip(self.masters, state, strict=True):
-            master.copy_(value)
-        self._store()
 
 
 class _Runner:

@@ -105,7 +105,9 @@ def test_eval(folders, tmp_path):
 def test_figures_are_kept_and_go_into_the_card(folders, tmp_path):
     out, logits = tmp_path / "packed", tmp_path / "logits"
     shutil.copytree(folders / "packed", out, ignore=shutil.ignore_patterns("evaluation.json"))
-    arguments = ["--against", folders / "dense", "--dataset", folders / "text.txt"]
+    original = shutil.copytree(folders / "dense", tmp_path / "dense")
+    (original / "README.md").write_text("---\nlicense: mit\n---\n# Dense\n")
+    arguments = ["--against", original, "--dataset", folders / "text.txt"]
     arguments += ["--seqlen", "64", "--max-windows", "3", "--prompt", "", "--rtn"]
     hf_vq("eval", out, *arguments, "--teacher", logits)
     record = json.loads((out / "evaluation.json").read_text())
@@ -118,6 +120,7 @@ def test_figures_are_kept_and_go_into_the_card(folders, tmp_path):
     card = (out / "README.md").read_text(encoding="utf-8")
     assert f"{found['perplexity']:.3f}" in card and f"{found['kl']:.4f}" in card
     assert str(tmp_path) not in card and str(tmp_path) not in json.dumps(record)
+    assert "\nlicense: mit\n" in card and "so is its license (mit)" in card
     hf_vq("eval", out, *arguments, "--teacher", logits, "--no-generate")
     (again,) = json.loads((out / "evaluation.json").read_text())["evaluations"]
     assert again["kl"] == found["kl"] and "speed" not in again, "the later one replaces it"

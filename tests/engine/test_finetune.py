@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_vq.configs import VPTQConfig
-from hf_vq.engine import finetune, run
+from hf_vq.engine import finetune, run, worker
 from hf_vq.engine.report import Reporter
 from hf_vq.engine.run import quantize_model
 from hf_vq.layers import PackedLinear
@@ -141,14 +141,14 @@ def test_held_out_batches_are_not_trained_on(monkeypatch):
 def test_independent_statistics_are_those_of_the_original_model(monkeypatch):
     dense, samples = tiny("llama"), tokens(8)
     found = {}
-    method = run._Worker._quantize
+    method = worker.Worker._quantize
 
     def spy(self, name, statistics, pull):
         statistics.factor(0.01)  # in the order of the channels
         found[name] = (statistics.hessian.clone(), pull)
         return method(self, name, statistics, pull)
 
-    monkeypatch.setattr(run._Worker, "_quantize", spy)
+    monkeypatch.setattr(worker.Worker, "_quantize", spy)
     quantize(copy.deepcopy(dense), samples, calibration_inputs="original")
     for name, (hessian, pull) in found.items():
         inputs = []

@@ -194,6 +194,44 @@ def test_the_next_push_completes_an_interrupted_one(hub, folder, where, monkeypa
     assert "config.json" in hub.repos["me/model"].files
 
 
+def test_a_connection_lost_in_the_middle_of_an_upload(hub, tmp_path, monkeypatch):
+    """Some files have arrived, one has in part: nothing is published, and the next push goes on."""
+    folder = tmp_path / "model"
+    packed("llama").save_pretrained(folder, max_shard_size="40KB")
+    pauses: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", pauses.append)
+    first: list[str] = []
+
+    def cut(path: str) -> int | None:
+        first.append(path)
+        return None if path == first[0] else 1000
+
+    hub.cut = cut
+    with pytest.raises(PushError, match=r"broke off.*nothing was published, push again") as caught:
+        push_folder(folder, "me/model")
+    assert "\n" not in str(caught.value)
+    assert pauses, "the client has tried several times by itself"
+    assert not hub.repos["me/model"].files and set(hub.objects) == {Path(first[0]).name}
+    hub.cut = lambda path: None
+    hub.requests.clear()
+    push_folder(folder, "me/model")
+    sent = [path for method, path in hub.requests if method == "PUT"]
+    assert first[0] not in sent and len(sent) == len(hub.objects) - 1 >= 2
+    for file in folder.glob("*.safetensors"):
+        assert hub.repos["me/model"].files[file.name] == file.read_bytes()
+
+
+def test_a_hub_without_xet_is_one_clear_line(hub, folder, monkeypatch):
+    pytest.importorskip("hf_xet", reason="hf_xet is what cannot talk to such a server")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(PushError, match="HF_HUB_DISABLE_XET=1") as caught:
+        push_folder(folder, "me/model")
+    assert "\n" not in str(caught.value) and not hub.repos["me/model"].files
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    push_folder(folder, "me/model")
+    assert "model.safetensors" in hub.repos["me/model"].files
+
+
 def test_existing_public_repositories_stay_public_and_that_is_said(hub, folder):
     hub.repos["me/model"] = Repo("me")
     lines, options = said()

@@ -61,7 +61,11 @@ def packed(method: str, dtype: torch.dtype = torch.float32) -> Any:
         model.quantization_method = method
         model.config.quantization_config = config
     model.hqq_quantized = True  # as the quantizer does it
+    tables = {name: buffer.clone() for name, buffer in model.named_buffers()}
     nn.Module.to(model, dtype)
+    for name, buffer in tables.items():  # rotary ones, which loading computes in float32
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
     model.config.dtype = dtype
     return model
 

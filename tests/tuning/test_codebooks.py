@@ -166,6 +166,43 @@ def test_tuning_lowers_the_divergence_of_what_is_stored(
     assert kl == pytest.approx(found.kl, rel=0.02)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_tuning_changes_codes_where_asked(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher, model = louder(packed(method)), packed(method, torch.bfloat16)
+    before, kept, data = layouts(model), codes(model), tokens(24, 32)
+    options = {"steps": 24, "tokens_per_step": 256, "nsamples": 24, "learning_rate": 0.02}
+    found = hf_vq.tune(model, teacher, data, reassign=0.01, **options)
+    assert found.kl < 0.95 * found.kl_before
+    assert layouts(model) == before
+    after = codes(model)
+    fixed = ("depths", "perm")
+    assert all(torch.equal(kept[key], after[key]) for key in kept if key.endswith(fixed))
+    changed = sum(int((kept[key] != after[key]).sum()) for key in kept)
+    assert 0 < changed <= found.reassigned
+    assert {type(layer).__name__ for layer in packed_layers(model).values()} == {"PackedLinear"}
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, dtype=torch.float32)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        log_q = again(input_ids=data[order[:2]]).logits.float().log_softmax(-1)
+        kl = float(LiveTeacher(teacher, data).divergence(order[:2], log_q))
+    assert kl == pytest.approx(found.kl, rel=0.02)
+
+
+def test_the_seed_decides_which_codes_change() -> None:
+    torch.manual_seed(0)
+    teacher, found = louder(packed("gptvq")), []
+    for _ in range(2):
+        model = packed("gptvq")
+        options = {"steps": 8, "tokens_per_step": 128, "nsamples": 8, "learning_rate": 0.02}
+        tuned = hf_vq.tune(model, teacher, tokens(8, 32), reassign=0.01, **options)
+        found.append((tuned, codes(model)))
+    assert found[0][0] == found[1][0]
+    assert found[0][0].reassigned > 0
+    assert all(torch.equal(found[0][1][key], value) for key, value in found[1][1].items())
+
+
 def test_tuning_that_gains_nothing_changes_nothing() -> None:
     model = packed("gptvq")
     before = logits(model)
@@ -195,6 +232,7 @@ def test_stored_answers_of_the_teacher(tmp_path: Path) -> None:
         ({"dataset": None}, "dataset is missing"),
         ({"dataset": tokens(1, 16)}, "two windows"),
         ({"dataset": tokens(4, 16), "steps": 0}, "steps=0"),
+        ({"dataset": tokens(4, 16), "reassign": 1.5}, "reassign=1.5"),
         ({"dataset": tokens(4, 16), "teacher": None}, "does not name its original"),
     ],
 )
