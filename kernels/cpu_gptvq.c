@@ -115,7 +115,7 @@ static float *scales_of(const gptvq_t *w, int exact) {
 
 /* Up to how many tokens hf_vq_gptvq_linear is the faster way. */
 EXPORT i64 hf_vq_gptvq_most_tokens(const gptvq_t *w) {
-    return vbmi_suits(w) ? 5 : avx2_suits(w) || table_suits(w) ? 3 : 0;
+    return vbmi_suits(w) ? 5 : avx2_suits(w) ? 6 : table_suits(w) ? 3 : 0;
 }
 
 /* y (tokens, rows) = x (tokens, columns) @ W.T, both float. `planes`: bytes that x may be rounded

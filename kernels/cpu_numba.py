@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -99,13 +98,12 @@ def _in_threads(loop: Any, units: int, *arguments: Any) -> None:
     if threads <= 1:
         loop(*arguments, 0, units)
         return
-    bounds = [units * i // threads for i in range(threads + 1)]
+
+    def share(part: int) -> None:
+        loop(*arguments, units * part // threads, units * (part + 1) // threads)
+
     with ThreadPoolExecutor(threads) as pool:
-        parts = [
-            pool.submit(loop, *arguments, low, high) for low, high in itertools.pairwise(bounds)
-        ]
-        for part in parts:
-            part.result()
+        list(pool.map(share, range(threads)))  # raises what a part has raised
 
 
 def _plain(x: Tensor) -> Tensor:
