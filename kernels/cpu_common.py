@@ -1,8 +1,8 @@
 """What the C backends of all methods share: pointers, and when to multiply by decoded tiles.
 
 A few tokens are multiplied one by one by the packed weight, which reads nothing but the packed
-tensors. From `FEW_TOKENS` on, a tile of rows is decoded into the dtype of the activations, used by
-the dense product while it is in the cache, and overwritten by the next.
+tensors; more by blocks that are decoded into the cache, multiplied there and overwritten
+(cpu_product.h). Each format says where the line is.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FEW_TOKENS = 6
-TILE_WEIGHTS = 2**21
-"""Weights of a decoded tile: a few megabytes, about what a core's second-level cache holds."""
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -87,34 +84,3 @@ def by_blocks(
     )  # fmt: skip
     check(status, "many tokens")
     return y.view(*x.shape[:-1], rows)
-
-
-def many_tokens(
-    x: Tensor,
-    rows: int,
-    bias: Tensor | None,
-    step: int,
-    decode: Callable[[int, int, Tensor], None],
-    transposed: bool,
-) -> Tensor:
-    """x @ W.T + bias through dense tiles of about TILE_WEIGHTS: whole multiples of `step` rows.
-
-    `decode(first, n, tile)` fills tile (n, columns), or (columns, n) if `transposed`, with rows
-    first .. first + n - 1 of W.
-    """
-    columns = x.shape[-1]
-    flat = x.detach().reshape(-1, columns)
-    out = torch.empty((flat.shape[0], rows), dtype=x.dtype)
-    at_once = max(step, TILE_WEIGHTS // columns // step * step)
-    room = torch.empty(min(at_once, rows) * columns, dtype=x.dtype)
-    if bias is not None:
-        bias = bias.detach().to(x.dtype)
-    with torch.autocast("cpu", enabled=False):
-        for first in range(0, rows, at_once):
-            n = min(at_once, rows - first)
-            shape = (columns, n) if transposed else (n, columns)
-            tile = room[: n * columns].view(shape)
-            decode(first, n, tile)
-            part = None if bias is None else bias[first : first + n]
-            out[:, first : first + n] = F.linear(flat, tile.T if transposed else tile, part)
-    return out.view(*x.shape[:-1], rows)
