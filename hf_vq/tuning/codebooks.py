@@ -133,8 +133,8 @@ def dense_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights of embeddings and linear layers that are not packed; tied ones once."""
     kinds = (nn.Linear, nn.Embedding)
     modules = (m for m in model.modules() if isinstance(m, kinds) and not hasattr(m, "packed"))
-    dense = [m.weight for m in modules]
-    return list({id(weight): weight for weight in dense}.values())
+    dense: dict[int, Any] = {id(m.weight): m.weight for m in modules}
+    return list(dense.values())
 
 
 def _widened(layer: PackedLinear, name: str) -> PackedLinear:
