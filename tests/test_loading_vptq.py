@@ -381,8 +381,10 @@ def test_official_checkpoint_is_decoded_exactly(official, tmp_path):
     disk = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu"}
     disk |= {"model.rotary_emb": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
     check(official, device_map=disk, offload_folder=tmp_path / "offload")
-    model = check(official, quantization_config=VPTQConfig(dequantize=True))
+    model = load(official, quantization_config=VPTQConfig(dequantize=True), dtype=torch.float32)
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    # the same weights in torch's product, which sums in another order than that of packed layers
+    torch.testing.assert_close(logits_of(model), logits, rtol=1e-5, atol=1e-5)
 
 
 def test_official_checkpoint_in_a_process_of_its_own(official):
