@@ -150,7 +150,7 @@ EXPORT int hf_vq_cvxq_linear(const cvxq_t *w, int dtype, const void *x, const fl
     float *entries = allocate(w->columns * 4), *sums = allocate(w->rows * 8);
     float *line = sums + w->rows;
     int failed = !entries || !sums;
-    threads = smaller(threads, 1 + w->rows * w->columns / 65536); /* starting one takes time */
+    threads = threads_for(w->rows, w->columns, threads);
     for (i64 i = 0; i < tokens && !failed; i++) {
         load(x, i * w->columns, dtype, entries, w->columns);
         task_t task = {w, entries, sums, NULL, dtype, 0, 0};
@@ -163,10 +163,7 @@ EXPORT int hf_vq_cvxq_linear(const cvxq_t *w, int dtype, const void *x, const fl
                 else line[row] = sums[r];
             }
         }
-        float *result = perm ? line : sums;
-        if (bias)
-            for (i64 r = 0; r < w->rows; r++) result[r] += bias[r];
-        store(y, i * w->rows, dtype, result, w->rows);
+        store_sums(y, i * w->rows, dtype, perm ? line : sums, bias, w->rows);
     }
     free(entries);
     free(sums);

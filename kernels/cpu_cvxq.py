@@ -7,7 +7,6 @@ cluster by depth with where their codes start and their scales, is a layout (lay
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any
 
 import torch
@@ -150,15 +149,13 @@ def _decode(layout: _Layout, row: int, n: int, tile: Tensor) -> None:
     check(status, "hf_vq::cvxq")
 
 
-@functools.cache
 def _few() -> Any:
     """The C function of a few tokens, which takes plain numbers."""
-    function = cpu_build.library().hf_vq_cvxq_linear
     address, number, many = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    function.argtypes = (
-        ctypes.POINTER(_Layout), number, address, address, address, number, address, many, many
+    return cpu_build.function(
+        "hf_vq_cvxq_linear", ctypes.POINTER(_Layout), number, address, address, address, number,
+        address, many, many,
     )  # fmt: skip
-    return function
 
 
 def _linear(x: Tensor, *arguments: Any) -> Tensor:

@@ -118,19 +118,26 @@ EXPORT i64 hf_vq_gptvq_most_tokens(const gptvq_t *w) {
     return vbmi_suits(w) ? 5 : avx2_suits(w) ? 6 : table_suits(w) ? 3 : 0;
 }
 
-/* y (tokens, rows) = x (tokens, columns) @ W.T, both float. `planes`: bytes that x may be rounded
- * to, 2 (16 bits of the largest of a few columns) or 3. For hf_vq_gptvq_most_tokens at most.
- * Returns 0, or 1 without memory. */
-EXPORT int hf_vq_gptvq_linear(const gptvq_t *w, const float *x, float *y, i64 tokens, int planes,
-                              i64 threads) {
+/* y (tokens, rows) = x (tokens, columns) @ W.T + bias, both of the dtype, without decoding W; for
+ * hf_vq_gptvq_most_tokens at most. Returns 0, or 1 without memory. */
+EXPORT int hf_vq_gptvq_linear(const gptvq_t *w, int dtype, const void *x, const float *bias, void *y,
+                              i64 tokens, i64 threads) {
     float *scales = scales_of(w, 0);
-    int failed = !scales;
+    float *line = allocate(w->columns * 4), *sums = allocate(w->rows * 4);
+    int failed = !scales || !line || !sums;
     int vbmi = vbmi_suits(w), avx2 = avx2_suits(w);
-    for (i64 i = 0; i < tokens && !failed; i++, x += w->columns, y += w->rows)
-        failed = vbmi   ? vbmi_linear(w, scales, x, y, planes, threads)
-                 : avx2 ? avx2_linear(w, scales, x, y, planes, threads)
-                        : table_linear(w, scales, x, y, threads);
+    int planes = dtype == FLOAT32 ? 3 : 2; /* bytes of x: far finer than it came in */
+    threads = threads_for(w->rows, w->columns, threads);
+    for (i64 i = 0; i < tokens && !failed; i++) {
+        load(x, i * w->columns, dtype, line, w->columns);
+        failed = vbmi   ? vbmi_linear(w, scales, line, sums, planes, threads)
+                 : avx2 ? avx2_linear(w, scales, line, sums, planes, threads)
+                        : table_linear(w, scales, line, sums, threads);
+        store_sums(y, i * w->rows, dtype, sums, bias, w->rows);
+    }
     free(scales);
+    free(line);
+    free(sums);
     return failed;
 }
 
