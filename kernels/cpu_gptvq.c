@@ -99,7 +99,10 @@ static void decode_block(const void *matrix, i64 row, i64 n, i64 column, i64 k, 
             const uint32_t *codes = (const uint32_t *)w->scale_codes + (row + r) * words;
             float scale = task->scales[16 * t + (codes[t / 8] >> t % 8 * 4 & 15)];
             next = smaller((t + 1) * w->scale_block, end);
-            for (i64 i = j - column; i < next - column; i++) out[i] *= scale;
+            i64 i = j - column;
+            for (; i + 16 <= next - column; i += 16) /* two or four registers, no loop of its own */
+                for (i64 k = 0; k < 16; k++) out[i + k] *= scale;
+            for (; i < next - column; i++) out[i] *= scale;
         }
 }
 
@@ -115,7 +118,7 @@ static float *scales_of(const gptvq_t *w, int exact) {
 
 /* Up to how many tokens hf_vq_gptvq_linear is the faster way. */
 EXPORT i64 hf_vq_gptvq_most_tokens(const gptvq_t *w) {
-    return vbmi_suits(w) ? 5 : avx2_suits(w) ? 6 : table_suits(w) ? 3 : 0;
+    return vbmi_suits(w) ? 16 : avx2_suits(w) ? 6 : table_suits(w) ? 3 : 0;
 }
 
 /* y (tokens, rows) = x (tokens, columns) @ W.T + bias, both of the dtype, without decoding W; for
@@ -123,17 +126,22 @@ EXPORT i64 hf_vq_gptvq_most_tokens(const gptvq_t *w) {
 EXPORT int hf_vq_gptvq_linear(const gptvq_t *w, int dtype, const void *x, const float *bias, void *y,
                               i64 tokens, i64 threads) {
     float *scales = scales_of(w, 0);
-    float *line = allocate(w->columns * 4), *sums = allocate(w->rows * 4);
+    i64 room = smaller(VBMI_TOKENS, tokens + 1);
+    float *line = allocate(room * w->columns * 4), *sums = allocate(room * w->rows * 4);
     int failed = !scales || !line || !sums;
     int vbmi = vbmi_suits(w), avx2 = avx2_suits(w);
     int planes = dtype == FLOAT32 ? 3 : 2; /* bytes of x: far finer than it came in */
     threads = threads_for(w->rows, w->columns, threads);
-    for (i64 i = 0; i < tokens && !failed; i++) {
-        load(x, i * w->columns, dtype, line, w->columns);
-        failed = vbmi   ? vbmi_linear(w, scales, line, sums, planes, threads)
+    for (i64 i = 0, n; i < tokens && !failed; i += n) {
+        i64 at_once = vbmi ? vbmi_at_once(w, tokens - i, planes) : 1;
+        n = smaller(at_once, tokens - i);
+        load(x, i * w->columns, dtype, line, n * w->columns);
+        memset(line + n * w->columns, 0, (size_t)((at_once - n) * w->columns) * 4);
+        failed = vbmi   ? vbmi_linear(w, scales, line, sums, at_once, planes, threads)
                  : avx2 ? avx2_linear(w, scales, line, sums, planes, threads)
                         : table_linear(w, scales, line, sums, threads);
-        store_sums(y, i * w->rows, dtype, sums, bias, w->rows);
+        for (i64 t = 0; t < n; t++)
+            store_sums(y, (i + t) * w->rows, dtype, sums + t * w->rows, bias, w->rows);
     }
     free(scales);
     free(line);

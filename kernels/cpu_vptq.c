@@ -210,11 +210,12 @@ EXPORT int hf_vq_vptq_linear(const vptq_t *w, int dtype, const void *x, const fl
     return failed;
 }
 
-/* Whether `books16` can be used: 0, or for how many tokens it is the fastest way. */
-EXPORT i64 hf_vq_vptq_most_tokens16(void) {
+/* Up to how many tokens hf_vq_vptq_linear with `books16` is the faster way; 0: never. */
+EXPORT i64 hf_vq_vptq_most_tokens16(i64 vector_dim) {
 #ifdef HF_VQ_VBMI
-    return 16;
+    return vector_dim == 8 ? 20 : vector_dim < 8 ? 24 : 0;
 #else
+    (void)vector_dim;
     return 0;
 #endif
 }

@@ -186,12 +186,11 @@ def _decode(matrix: _Matrix, first: int, n: int, tile: Tensor) -> None:
 
 
 def _few(x: Tensor, vector_dim: int) -> tuple[int, bool]:
-    """Up to how many tokens one by one is the faster way, and whether in integers."""
-    if x.dtype != torch.float32 and vector_dim <= 8:
-        most = cpu_build.library().hf_vq_vptq_most_tokens16()
-        if most:
-            return most, True
-    return FEW_FLOAT, False
+    """Up to how many tokens not to decode the weight is faster, and whether that is in integers."""
+    most = 0
+    if x.dtype != torch.float32:
+        most = cpu_build.function("hf_vq_vptq_most_tokens16", ctypes.c_int64)(vector_dim)
+    return most or FEW_FLOAT, most > 0
 
 
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
