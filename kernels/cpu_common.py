@@ -15,7 +15,6 @@ from hf_vq_kernels import cpu_build
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FEW_TOKENS = 6
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -142,6 +142,15 @@ EXPORT int hf_vq_cvxq_product(const cvxq_t *w, const void *x, void *y, i64 token
     return product(&task, threads);
 }
 
+/* Up to how many tokens hf_vq_cvxq_linear is the faster way. */
+EXPORT i64 hf_vq_cvxq_most_tokens(void) {
+#ifdef HF_VQ_VBMI
+    return 9;
+#else
+    return 5;
+#endif
+}
+
 /* y (tokens, rows) = x (tokens, columns) @ W.T + bias, of one dtype, token by token. `perm`: which row
  * of y is where in the order of the clusters, of 2 bytes (unsigned) or 4, or NULL. `bias` is in the
  * order of y. Returns 0, 1 without memory, 2 for rows beyond the matrix. */

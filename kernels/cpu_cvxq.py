@@ -13,7 +13,6 @@ import torch
 from hf_vq_kernels import cpu_build
 from hf_vq_kernels.cpu_common import (
     DTYPES,
-    FEW_TOKENS,
     by_blocks,
     check,
     floats,
@@ -164,7 +163,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     layout, words = _layout(packed, x.shape[-1], geometry, keep=True)
     rows = geometry[0]
     tokens = x.numel() // x.shape[-1]
-    if tokens < FEW_TOKENS:
+    if tokens <= cpu_build.library().hf_vq_cvxq_most_tokens():
         x = x.contiguous()
         y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
         bias = floats(bias)

@@ -13,4 +13,21 @@ typedef struct {
     i64 rows, columns, vector_dim, num_centroids, group_rows, group_columns, scale_block;
     i64 log_scales;
 } gptvq_t;
+
+/* Floats that `expand_scales` writes per row: the blocks, and room to read a register from any. */
+INLINE i64 scale_stride(const gptvq_t *w) {
+    return w->scale_block ? ceil_div(w->columns, w->scale_block) + 16 : 0;
+}
+
+/* The scales of blocks first .. end - 1 of a row, from the table of scale_table, to out[first] on. */
+INLINE void expand_scales(const gptvq_t *w, const float *table, i64 row, i64 first, i64 end, float *out) {
+    i64 blocks = ceil_div(w->columns, w->scale_block), words = ceil_div(blocks * 4, 32), t = first;
+    const uint32_t *codes = (const uint32_t *)w->scale_codes + row * words;
+    for (; t % 8 && t < end; t++) out[t] = table[16 * t + (codes[t / 8] >> t % 8 * 4 & 15)];
+    for (; t + 8 <= end; t += 8) {
+        uint32_t word = codes[t / 8];
+        for (i64 k = 0; k < 8; k++) out[t + k] = table[16 * (t + k) + (word >> 4 * k & 15)];
+    }
+    for (; t < end; t++) out[t] = table[16 * t + (codes[t / 8] >> t % 8 * 4 & 15)];
+}
 #endif

@@ -12,6 +12,12 @@
 
 enum { VBMI_TOKENS = 4 }; /* at once: a vector that is looked up serves all of them */
 
+/* How many tokens of `left` are best computed together: VBMI_TOKENS, the last of which may be zero,
+ * or 1. */
+static i64 vbmi_at_once(const gptvq_t *w, i64 left, int planes) {
+    return left >= VBMI_TOKENS - 1 && planes == 2 && w->vector_dim <= 4 ? VBMI_TOKENS : 1;
+}
+
 #ifndef HF_VQ_VBMI
 static int vbmi_suits(const gptvq_t *w) {
     (void)w;
@@ -24,17 +30,15 @@ static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, fl
 }
 #else
 
-enum { BLOCK = 16, MOST_BLOCKS = 16 }; /* rows that use a table while it is at hand */
+enum { BLOCK = 16 }; /* rows that use a table while it is at hand */
 
 /* At most 64 codes of one stripe, or 32 of two rows. */
 typedef struct {
     i64 stripe, byte; /* of the row, where its codes start */
     i64 bytes;        /* of its codes */
     float scale[VBMI_TOKENS]; /* of the entries of x */
-    i64 first_block, num_blocks;
-    __mmask16 of_block[MOST_BLOCKS]; /* lanes */
-    __m512i nibble;                  /* per lane: the bit where its scale code starts */
-    __mmask16 second_word;
+    i64 first_block;
+    __m512i block; /* per lane: its scale block less first_block, and 16 more in a second row */
 } segment_t;
 
 typedef struct {
@@ -78,13 +82,11 @@ INLINE __m512i load_codes(const uint8_t *bytes, __mmask64 inside, int narrow) {
 }
 
 /* Rows row .. row + n - 1, of one group, for N tokens: T registers per plane, X bytes of x. */
-INLINE void row_block(const vbmi_t *task, const __m512i *tables, i64 row, i64 n, i64 group,
-                      i64 groups, const i64 D, const i64 T, const i64 X, const i64 N) {
+INLINE void row_block(const vbmi_t *task, const __m512i *tables, const float *scales, i64 row, i64 n,
+                      i64 group, i64 groups, const i64 D, const i64 T, const i64 X, const i64 N) {
     const gptvq_t *w = task->w;
     int bits = bits_of(w->num_centroids);
     i64 stride = ceil_div(ceil_div(w->columns, w->vector_dim) * bits, 32) * 4;
-    i64 blocks = w->scale_block ? ceil_div(w->columns, w->scale_block) : 0;
-    i64 words = ceil_div(blocks * 4, 32);
     __m512i fields, picks;
     {
         uint8_t field[64], pick[64];
@@ -154,24 +156,12 @@ INLINE void row_block(const vbmi_t *task, const __m512i *tables, i64 row, i64 n,
                             sum[m][k], value, _mm512_load_si512(x + ((m * D + p) * X + k) * 64));
             }
             __m512 factor = _mm512_set1_ps(book_scale);
-            if (blocks) {
-                const int32_t *at = w->scale_codes + (row + i) * words + segment->first_block / 8;
-                i64 next = segment->second_word ? 1 : 0;
-                __m512i code = _mm512_mask_set1_epi32(_mm512_set1_epi32(at[0]),
-                                                      segment->second_word, at[next]);
-                if (both) {
-                    at += words;
-                    __m512i below = _mm512_mask_set1_epi32(_mm512_set1_epi32(at[0]),
-                                                           segment->second_word, at[next]);
-                    code = _mm512_mask_mov_epi32(code, 0xff00, below);
-                }
-                code = _mm512_srlv_epi32(code, segment->nibble);
-                __m512 of_row = _mm512_setzero_ps();
-                const float *powers = task->scales + segment->first_block * 16;
-                for (i64 t = 0; t < segment->num_blocks; t++)
-                    of_row = _mm512_mask_permutexvar_ps(of_row, segment->of_block[t], code,
-                                                        _mm512_loadu_ps(powers + 16 * t));
-                factor = _mm512_mul_ps(factor, of_row);
+            if (scales) {
+                const float *of_row = scales + i * scale_stride(w) + segment->first_block;
+                __m512 first = _mm512_loadu_ps(of_row);
+                __m512 second = both ? _mm512_loadu_ps(of_row + scale_stride(w)) : first;
+                __m512 by_lane = _mm512_permutex2var_ps(first, segment->block, second);
+                factor = _mm512_mul_ps(factor, by_lane);
             }
             for (i64 m = 0; m < N; m++) {
                 __m512 total = _mm512_cvtepi32_ps(sum[m][X - 1]);
@@ -192,15 +182,16 @@ INLINE void row_block(const vbmi_t *task, const __m512i *tables, i64 row, i64 n,
 }
 
 #define SHAPE(D, T, X, N)                                                                          \
-    static void row_block_##D##_##T##_##X##_##N(const vbmi_t *task, const __m512i *tables, i64 row, \
-                                                i64 n, i64 group, i64 groups) {                    \
-        row_block(task, tables, row, n, group, groups, D, T, X, N);                                \
+    static void row_block_##D##_##T##_##X##_##N(const vbmi_t *task, const __m512i *tables,         \
+                                                const float *scales, i64 row, i64 n, i64 group,    \
+                                                i64 groups) {                                      \
+        row_block(task, tables, scales, row, n, group, groups, D, T, X, N);                        \
     }
 #define SHAPES(D, X, N) SHAPE(D, 1, X, N) SHAPE(D, 2, X, N) SHAPE(D, 4, X, N)
 SHAPES(1, 2, 1) SHAPES(2, 2, 1) SHAPES(4, 2, 1) SHAPES(8, 2, 1)
 SHAPES(1, 3, 1) SHAPES(2, 3, 1) SHAPES(4, 3, 1) SHAPES(8, 3, 1)
 SHAPES(1, 2, 4) SHAPES(2, 2, 4) SHAPES(4, 2, 4)
-typedef void (*row_block_t)(const vbmi_t *, const __m512i *, i64, i64, i64, i64);
+typedef void (*row_block_t)(const vbmi_t *, const __m512i *, const float *, i64, i64, i64, i64);
 #define NAMES(D, X, N) {row_block_##D##_1_##X##_##N, row_block_##D##_2_##X##_##N, row_block_##D##_4_##X##_##N}
 static const row_block_t row_blocks[2][4][3] = {
     {NAMES(1, 2, 1), NAMES(2, 2, 1), NAMES(4, 2, 1), NAMES(8, 2, 1)},
@@ -213,12 +204,13 @@ static int vbmi_rows_of_thread(const void *context, i64 thread, i64 threads) {
     i64 d = w->vector_dim, k = w->num_centroids, T = k <= 64 ? 1 : k <= 128 ? 2 : 4;
     i64 groups = ceil_div(w->rows, w->group_rows), stripes = ceil_div(w->columns, w->group_columns);
     __m512i *tables = allocate(stripes * d * T * 64);
-    if (!tables) return 1;
+    float *scales = allocate(BLOCK * scale_stride(w) * 4);
+    int failed = !tables || !scales;
     row_block_t compute = task->tokens == 1 ? row_blocks[task->planes - 2][bits_of(d)][T / 2]
                                             : row_blocks_4[bits_of(d)][T / 2];
     const __m512i bias = _mm512_set1_epi8((char)128);
     i64 low = w->rows * thread / threads, high = w->rows * (thread + 1) / threads, made = -1;
-    for (i64 row = low; row < high;) {
+    for (i64 row = low; row < high && !failed;) {
         i64 group = row / w->group_rows;
         i64 n = smaller(smaller(BLOCK, high - row), (group + 1) * w->group_rows - row);
         if (group != made) {
@@ -233,11 +225,15 @@ static int vbmi_rows_of_thread(const void *context, i64 thread, i64 threads) {
                 }
             made = group;
         }
-        compute(task, tables, row, n, group, groups);
+        for (i64 i = 0; i < n && w->scale_block; i++)
+            expand_scales(w, task->scales, row + i, 0, ceil_div(w->columns, w->scale_block),
+                          scales + i * scale_stride(w));
+        compute(task, tables, w->scale_block ? scales : NULL, row, n, group, groups);
         row += n;
     }
     free(tables);
-    return 0;
+    free(scales);
+    return failed;
 }
 
 /* The columns of segment s of token m, rounded: its bytes of x, their sums and their scale. */
@@ -283,22 +279,10 @@ static int vbmi_suits(const gptvq_t *w) {
     i64 d = w->vector_dim, bits = bits_of(w->num_centroids), B = w->scale_block;
     i64 stripes = ceil_div(w->columns, w->group_columns), vectors = ceil_div(w->columns, d);
     i64 per_stripe = stripes == 1 ? vectors : w->group_columns / d;
-    i64 each = per_stripe <= 32 ? 32 : 64;
     if (!w->books8 || bits > 8 || bits < 1 || (stripes > 1 && per_stripe * bits % 8)) return 0;
     if (!B) return 1;
-    if (B % (4 * d) || (stripes > 1 && per_stripe % 4) || (16 * 4 * d) / B > MOST_BLOCKS - 2) return 0;
-    for (i64 stripe = 0; stripe < stripes; stripe++) /* scale codes of a segment: two words at most */
-        for (i64 v = stripe * per_stripe; v < smaller((stripe + 1) * per_stripe, vectors); v += each) {
-            i64 last = smaller((v + each - 1) * d, w->columns - 1) / B;
-            if (last / 8 > v * d / B / 8 + 1) return 0;
-        }
-    return 1;
-}
-
-/* How many tokens of `left` are best computed together: VBMI_TOKENS, the last of which may be zero,
- * or 1. */
-static i64 vbmi_at_once(const gptvq_t *w, i64 left, int planes) {
-    return left >= VBMI_TOKENS - 1 && planes == 2 && w->vector_dim <= 4 ? VBMI_TOKENS : 1;
+    /* a lane of sums, four codes, is in one block, and those of a register in 16 at most */
+    return B % (4 * d) == 0 && (stripes == 1 || per_stripe % 4 == 0) && 64 * d / B <= 14;
 }
 
 /* y (tokens, rows) = x (tokens, columns) @ W.T, if vbmi_suits(w), for as many tokens as vbmi_at_once
@@ -326,22 +310,13 @@ static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, fl
             segment->bytes = ceil_div(codes * bits, 8);
             for (i64 m = 0; m < tokens; m++)
                 round_x(&task, x + m * w->columns, s, m, column, codes);
-            segment->num_blocks = 0;
-            if (!B) continue;
-            i64 blocks = ceil_div(w->columns, B), first = column / B;
-            int32_t nibble[16];
-            segment->first_block = first;
-            segment->second_word = 0;
-            memset(segment->of_block, 0, sizeof segment->of_block);
-            for (int lane = 0; lane < 16; lane++) {
-                i64 group = task.pair ? lane & 7 : lane;
-                i64 block = smaller((column + group * 4 * d) / B, blocks - 1);
-                segment->of_block[block - first] |= (__mmask16)(1u << lane);
-                if (block - first >= segment->num_blocks) segment->num_blocks = block - first + 1;
-                if (block / 8 != first / 8) segment->second_word |= (__mmask16)(1u << lane);
-                nibble[lane] = (int32_t)(block % 8 * 4);
+            segment->first_block = B ? column / B : 0;
+            int32_t block[16] = {0};
+            for (int lane = 0; lane < 16 && B; lane++) {
+                i64 last = smaller(column + (task.pair ? lane & 7 : lane) * 4 * d, w->columns - 1);
+                block[lane] = (int32_t)(last / B - segment->first_block) + (task.pair ? lane & 8 : 0) * 2;
             }
-            segment->nibble = _mm512_loadu_si512(nibble);
+            segment->block = _mm512_loadu_si512(block);
         }
     }
     task.num_segments = s;
