@@ -15,6 +15,7 @@ from typing import Any
 import hf_vq_kernels
 import pytest
 import torch
+from filelock import FileLock
 from helpers import ODD_SPECS, random_gptvq
 from helpers_cvxq import ODD_CVXQ, random_cvxq, with_depths
 from helpers_vptq import ODD_VPTQ, random_vptq
@@ -27,6 +28,7 @@ from hf_vq.formats.vptq import VPTQSpec
 from hf_vq.layers.operators import OPERATORS
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+MORE_THAN_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 needs_compiler = pytest.mark.skipif(
     cpu_build.unavailable() is not None, reason=f"no compiled backend: {cpu_build.unavailable()}"
 )
@@ -93,7 +95,7 @@ def packed_weight(spec: Any) -> tuple[dict[str, Tensor], Tensor]:
 
 def check(
     name: str,
-    counts: tuple[int, ...] = (1, 3, 17, 65),
+    counts: tuple[int, ...] = (1, 2, 3, 17, 65),
     dtypes: Iterable[torch.dtype] = TOLERANCE,
 ) -> None:
     """Token counts and dtypes of one case, forced to the compiled backend."""
@@ -124,12 +126,24 @@ def test_codebooks_in_float16(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     check(name, (1, 3))
 
 
+def compiled(factory: pytest.TempPathFactory, name: str, *variant: str) -> ctypes.CDLL:
+    """The sources compiled otherwise than for this processor, once for all test processes."""
+    folder = factory.getbasetemp().parent / f"hf_vq-{name}"
+    with pytest.MonkeyPatch.context() as patch, FileLock(f"{folder}.lock"):
+        patch.setattr(cpu_build, "_VARIANTS", (variant,))
+        return ctypes.CDLL(str(cpu_build.build(folder)))
+
+
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The same sources without the instructions of this processor, and without OpenMP."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_build, "_VARIANTS", (("-pthread",),))
-        return ctypes.CDLL(str(cpu_build.build(tmp_path_factory.mktemp("portable"))))
+    return compiled(tmp_path_factory, "portable", "-pthread")
+
+
+@pytest.fixture(scope="module")
+def avx2(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The same sources for AVX2, on processors that have more."""
+    return compiled(tmp_path_factory, "avx2", "-march=x86-64-v3", "-pthread")
 
 
 @needs_compiler
@@ -139,13 +153,19 @@ def test_portable_code(name: str, portable: ctypes.CDLL, monkeypatch: pytest.Mon
     check(name)
 
 
+@needs_compiler
+@pytest.mark.skipif(not MORE_THAN_AVX2, reason="the processor has no AVX-512, so AVX2 is native")
+@pytest.mark.parametrize("name", CASES)
+def test_avx2(name: str, avx2: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_build, "library", lambda: avx2)
+    check(name, (1, 2, 5, 17))
+
+
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The same sources with AMX tiles that are emulated in C."""
     header = str(Path(__file__).parent / "emulated_tiles.h")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_build, "_VARIANTS", (("-march=native", "-include", header, "-pthread"),))
-        return ctypes.CDLL(str(cpu_build.build(tmp_path_factory.mktemp("tiles"))))
+    return compiled(tmp_path_factory, "tiles", "-march=native", "-include", header, "-pthread")
 
 
 @needs_compiler
@@ -154,25 +174,46 @@ def test_products_on_tiles(name: str, tiles: ctypes.CDLL, monkeypatch: pytest.Mo
     monkeypatch.setattr(cpu_build, "library", lambda: tiles)
     products = ctypes.c_int.in_dll(tiles, "emulated_products")
     products.value = 0
-    check(name, (6, 17, 65), (torch.bfloat16,))
+    check(name, (65,), (torch.bfloat16,))
     assert products.value > 0
 
 
 @needs_compiler
 @pytest.mark.parametrize("planted", [float("nan"), float("inf"), 1e30, 1e-42, 0.0])
-def test_extreme_activations(planted: float) -> None:
-    spec = GPTVQ["4d-k256"]
+@pytest.mark.parametrize(
+    "name", ["gptvq-4d-k256", "vptq-v8", "vptq-v12-residual", "vptq-v4-groups"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_activations(name: str, planted: float, dtype: torch.dtype) -> None:
+    spec = CASES[name]
     packed, weight = packed_weight(spec)
-    x = torch.randn(1, spec.in_features)
+    x = torch.randn(2, spec.in_features).to(dtype)
     x[0, 5] = planted
     if planted == 0:
         x.zero_()
     with hf_vq_kernels.use_backend("c"):
-        y = OPERATORS["gptvq"].linear(x, packed, spec, None)
+        y = OPERATORS[spec.method].linear(x, packed, spec, None)
+    right = (x.double() @ weight.double().T).to(dtype)
     if planted != planted or planted == float("inf"):
-        assert not y.isfinite().any()
+        assert not y[0].isfinite().any()
     else:
-        assert_close("y", y, (x.double() @ weight.double().T).float(), 1e-5)
+        assert_close("y", y[0], right[0], TOLERANCE[dtype])
+    assert_close("the other token", y[1], right[1], TOLERANCE[dtype])
+
+
+@needs_compiler
+def test_a_codebook_of_zeros_and_one_of_outliers() -> None:
+    """Entries are integers of the largest entry of their group, where x has 16 bits."""
+    spec = VPTQ["v4-groups"]
+    packed, _ = packed_weight(spec)
+    packed["centroids.weight"][0] = 0
+    packed["centroids.weight"][1, 3] = 60.0
+    with hf_vq_kernels.use_backend("torch"):
+        weight = OPERATORS["vptq"].dequantize(packed, spec, torch.float32).double()
+    x = torch.randn(1, spec.in_features).half()
+    with hf_vq_kernels.use_backend("c"):
+        y = OPERATORS["vptq"].linear(x, packed, spec, None)
+    assert_close("y", y, (x.double() @ weight.T).half(), 1e-3)
 
 
 @needs_compiler
