@@ -210,12 +210,15 @@ EXPORT int hf_vq_vptq_linear(const vptq_t *w, int dtype, const void *x, const fl
     return failed;
 }
 
-/* Up to how many tokens hf_vq_vptq_linear with `books16` is the faster way; 0: never. */
-EXPORT i64 hf_vq_vptq_most_tokens16(i64 vector_dim) {
+/* Up to how many tokens hf_vq_vptq_linear with `books16` is the faster way; 0: never. Beyond, decoded
+ * blocks are, whose decoding takes longest where entries are padded. */
+EXPORT i64 hf_vq_vptq_most_tokens16(i64 vector_dim, int residual) {
 #ifdef HF_VQ_VBMI
-    return vector_dim == 8 ? 20 : vector_dim < 8 ? 24 : 0;
+    if (vector_dim > 8) return 0;
+    if (vector_dim > 4 && vector_dim < 8) return 24;
+    return vector_dim < 4 ? 8 : residual || vector_dim == 4 ? 12 : 16;
 #else
-    (void)vector_dim;
+    (void)vector_dim, (void)residual;
     return 0;
 #endif
 }

@@ -185,17 +185,18 @@ def _decode(matrix: _Matrix, first: int, n: int, tile: Tensor) -> None:
     check(status, "hf_vq::vptq")
 
 
-def _few(x: Tensor, vector_dim: int) -> tuple[int, bool]:
+def _few(x: Tensor, vector_dim: int, residual: bool) -> tuple[int, bool]:
     """Up to how many tokens not to decode the weight is faster, and whether that is in integers."""
     most = 0
     if x.dtype != torch.float32:
-        most = cpu_build.function("hf_vq_vptq_most_tokens16", ctypes.c_int64)(vector_dim)
+        function = cpu_build.function("hf_vq_vptq_most_tokens16", ctypes.c_int64, ctypes.c_int)
+        most = function(vector_dim, residual)
     return most or FEW_FLOAT, most > 0
 
 
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
     packed, bias, geometry = arguments[:8], arguments[8], arguments[9:]
-    most, integers = _few(x, geometry[1])
+    most, integers = _few(x, geometry[1], packed[2] is not None)
     few = x.numel() // x.shape[-1] <= most
     matrix, kept = _matrix(packed, x.shape[-1], geometry, few, few and integers)
     if few:
