@@ -280,7 +280,12 @@ class VQConfig(QuantizationConfigMixin):
             known = {*settings, *RUNTIME_FIELDS}
             unknown = {name: given.pop(name) for name in list(given) if name not in known}
             unstated = frozenset(settings - given.keys())
-        config = cls(**given)
+        try:
+            config = cls(**given)
+        except ValueError as error:
+            if version is None:
+                raise
+            raise ValueError(f"the checkpoint's config.json: {error}") from None
         config.recorded, config.unknown, config.unstated = recorded, unknown, unstated
         if "bits" in unstated:
             config.bits = None
