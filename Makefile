@@ -13,20 +13,26 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+TORCH_STAMP := $(VENV)/.torch-installed
 STAMP := $(VENV)/.hf-vq-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types ci clean
+.PHONY: help torch setup demo test lint types ci clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
 setup: $(STAMP) ## make the environment (.venv) that all other commands use
 
-$(STAMP): pyproject.toml
+torch: $(TORCH_STAMP) ## make an environment with torch alone, the first half of setup
+
+$(TORCH_STAMP):
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("hf_vq needs Python >= 3.10, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@touch $@
+
+$(STAMP): pyproject.toml $(TORCH_STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 

@@ -280,7 +280,12 @@ class VQConfig(QuantizationConfigMixin):
             known = {*settings, *RUNTIME_FIELDS}
             unknown = {name: given.pop(name) for name in list(given) if name not in known}
             unstated = frozenset(settings - given.keys())
-        config = cls(**given)
+        try:
+            config = cls(**given)
+        except ValueError as error:
+            if version is None:
+                raise
+            raise ValueError(f"the checkpoint's config.json: {error}") from None
         config.recorded, config.unknown, config.unstated = recorded, unknown, unstated
         if "bits" in unstated:
             config.bits = None
@@ -314,14 +319,20 @@ def _check_backend(name: Any) -> str | None:
     return str(name)
 
 
-def refuse_unknown(cls: type[VQConfig], unknown: dict[str, Any]) -> None:
-    if unknown:
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the `__init__` of a config was called with, from the `locals()` of its first line.
+
+    Raises ValueError for a field that the config does not have.
+    """
+    fields = {k: v for k, v in arguments.items() if k not in ("self", "unknown", "__class__")}
+    for name in arguments["unknown"]:
+        cls = type(arguments["self"])
         known = (*cls.rules, "modules_to_not_convert", "overrides", *RUNTIME_FIELDS)
-        name = next(iter(unknown))
         raise ValueError(
             f"{cls.__name__} has no field {name!r}{_suggest(name, known)}; its fields are "
             f"{', '.join(known)}"
         )
+    return fields
 
 
 def _check_names(names: Any) -> list[str] | None:

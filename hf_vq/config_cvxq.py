@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hf_vq.config_base import SHARED_RULES, DefaultBits, VQConfig, refuse_unknown
+from hf_vq.config_base import SHARED_RULES, DefaultBits, VQConfig, given
 from hf_vq.rules import Choice, Flag, Number, Rule
 from hf_vq.sizes import SizeRule
 
@@ -179,46 +179,7 @@ class CVXQConfig(VQConfig):
         measurement: Any = None,
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
-        super().__init__(
-            modules_to_not_convert=modules_to_not_convert,
-            overrides=overrides,
-            dataset=dataset,
-            tokenizer=tokenizer,
-            calibration_device=calibration_device,
-            max_memory=max_memory,
-            offload_folder=offload_folder,
-            dequantize=dequantize,
-            backend=backend,
-            measurement=measurement,
-            bits=bits,
-            size=size,
-            mean_depth=mean_depth,
-            group_rows=group_rows,
-            scale_dtype=scale_dtype,
-            location=location,
-            levels=levels,
-            permuted=permuted,
-            error_feedback=error_feedback,
-            distortion=distortion,
-            reallocations=reallocations,
-            refine_iterations=refine_iterations,
-            fit_rounds=fit_rounds,
-            damping=damping,
-            bias_correction=bias_correction,
-            true_sequential=true_sequential,
-            asymmetric_calibration=asymmetric_calibration,
-            calibration_inputs=calibration_inputs,
-            allocation=allocation,
-            sensitivity=sensitivity,
-            weight_energies=weight_energies,
-            reestimations=reestimations,
-            quantize_embeddings=quantize_embeddings,
-            quantize_lm_head=quantize_lm_head,
-            seed=seed,
-            nsamples=nsamples,
-            seqlen=seqlen,
-        )
+        super().__init__(**given(locals()))
 
     mean_depth: float | None
     group_rows: int | None

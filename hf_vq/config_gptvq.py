@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hf_vq.config_base import SHARED_RULES, DefaultBits, VQConfig, refuse_unknown
+from hf_vq.config_base import SHARED_RULES, DefaultBits, VQConfig, given
 from hf_vq.rules import Choice, Flag, Number, Rule
 from hf_vq.sizes import SizeRule
 
@@ -159,44 +159,7 @@ class GPTVQConfig(VQConfig):
         measurement: Any = None,
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
-        super().__init__(
-            modules_to_not_convert=modules_to_not_convert,
-            overrides=overrides,
-            dataset=dataset,
-            tokenizer=tokenizer,
-            calibration_device=calibration_device,
-            max_memory=max_memory,
-            offload_folder=offload_folder,
-            dequantize=dequantize,
-            backend=backend,
-            measurement=measurement,
-            bits=bits,
-            size=size,
-            vector_dim=vector_dim,
-            index_bits=index_bits,
-            group_size=group_size,
-            group_columns=group_columns,
-            codebook_dtype=codebook_dtype,
-            scale_block=scale_block,
-            scale_domain=scale_domain,
-            svd_rank=svd_rank,
-            kmeans_init=kmeans_init,
-            kmeans_iterations=kmeans_iterations,
-            damping=damping,
-            refine_iterations=refine_iterations,
-            codebook_update=codebook_update,
-            true_sequential=true_sequential,
-            asymmetric_calibration=asymmetric_calibration,
-            allocation=allocation,
-            sensitivity=sensitivity,
-            reestimations=reestimations,
-            quantize_embeddings=quantize_embeddings,
-            quantize_lm_head=quantize_lm_head,
-            seed=seed,
-            nsamples=nsamples,
-            seqlen=seqlen,
-        )
+        super().__init__(**given(locals()))
 
     vector_dim: int | None
     index_bits: int | None

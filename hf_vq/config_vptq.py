@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hf_vq.config_base import SHARED_RULES, DefaultBits, VQConfig, refuse_unknown
+from hf_vq.config_base import SHARED_RULES, DefaultBits, VQConfig, given
 from hf_vq.rules import Choice, Flag, Number, PowerOfTwo, Rule
 from hf_vq.sizes import SizeRule
 
@@ -189,50 +189,7 @@ class VPTQConfig(VQConfig):
         measurement: Any = None,
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self), unknown)
-        super().__init__(
-            modules_to_not_convert=modules_to_not_convert,
-            overrides=overrides,
-            dataset=dataset,
-            tokenizer=tokenizer,
-            calibration_device=calibration_device,
-            max_memory=max_memory,
-            offload_folder=offload_folder,
-            dequantize=dequantize,
-            backend=backend,
-            measurement=measurement,
-            bits=bits,
-            size=size,
-            vector_dim=vector_dim,
-            num_centroids=num_centroids,
-            num_res_centroids=num_res_centroids,
-            num_groups=num_groups,
-            outlier_percent=outlier_percent,
-            outlier_vector_dim=outlier_vector_dim,
-            outlier_centroids=outlier_centroids,
-            norm=norm,
-            permute=permute,
-            codebook_dtype=codebook_dtype,
-            kmeans_iterations=kmeans_iterations,
-            damping=damping,
-            refine_iterations=refine_iterations,
-            codebook_update=codebook_update,
-            beam=beam,
-            error_feedback=error_feedback,
-            true_sequential=true_sequential,
-            asymmetric_calibration=asymmetric_calibration,
-            calibration_inputs=calibration_inputs,
-            finetune_steps=finetune_steps,
-            finetune_lr=finetune_lr,
-            allocation=allocation,
-            sensitivity=sensitivity,
-            reestimations=reestimations,
-            quantize_embeddings=quantize_embeddings,
-            quantize_lm_head=quantize_lm_head,
-            seed=seed,
-            nsamples=nsamples,
-            seqlen=seqlen,
-        )
+        super().__init__(**given(locals()))
 
     vector_dim: int | None
     num_centroids: int | None

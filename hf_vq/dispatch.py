@@ -9,14 +9,33 @@ import tempfile
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 logger = logging.getLogger(__name__)
+
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+"""What a device map may say instead of a device."""
 
 
 def needs_offload_folder(device_map: Any) -> bool:
     """Whether a device map names the disk."""
     return isinstance(device_map, dict) and "disk" in device_map.values()
+
+
+def check_devices(name: str, devices: Any) -> None:
+    """Raise ValueError, naming the argument, if nothing can be put on a device asked for.
+
+    devices: a device, a {module: device} dict, the name of a strategy, or None.
+    """
+    for device in devices.values() if isinstance(devices, dict) else [devices]:
+        if device is None or device in _STRATEGIES:
+            continue
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{name}: {device} cannot be used here ({reason})") from None
 
 
 def dispatch(

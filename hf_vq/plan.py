@@ -45,6 +45,10 @@ class LedgerRow(NamedTuple):
     reason: str  # why it stays dense; "" for a packed matrix
 
 
+_EXPECTED = ("an embedding", "the output head", "tied to", "listed in", "left dense", "too small")
+"""How the reasons begin that nobody is surprised by."""
+
+
 @dataclass(frozen=True)
 class Ledger:
     """Rows for every matrix, and totals; sizes in bytes, vectors (norms, biases) in the totals."""
@@ -108,6 +112,11 @@ class Plan:
         return replace(
             self, _rows=rows, layers={n: layers.get(n, s) for n, s in self.layers.items()}
         )
+
+    def surprises(self) -> list[LedgerRow]:
+        """Matrices that cannot be packed although nobody asked for them to stay dense."""
+        rows = self.ledger().rows
+        return [row for row in rows if row.reason and not row.reason.startswith(_EXPECTED)]
 
     def ledger(self) -> Ledger:
         """The exact size of every matrix and of the model."""
@@ -355,9 +364,10 @@ def _check_patterns(model: nn.Module, config: VQConfig) -> None:
             if any(matches(pattern, name) for name in pool):
                 continue
             what = "linear layer" if pool is linears else "module"
-            near = ", ".join(_near(pattern, pool)) or "nothing"
+            near = ", ".join(_near(pattern, pool))
             raise PlanError(
-                f"{where}: {pattern!r} matches no {what} of {type(model).__name__}; near: {near}"
+                f"{where}: {pattern!r} matches no {what} of {type(model).__name__}"
+                f"{f'; near: {near}' * bool(near)}; `hf-vq plan` without it lists them"
             )
 
 

@@ -70,6 +70,7 @@ class VQHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
+        dispatch.check_devices("device_map", device_map)
         if self.pre_quantized:
             if getattr(config, "asked_to_quantize", False):
                 raise ValueError(
@@ -89,6 +90,7 @@ class VQHfQuantizer(HfQuantizer):
                 "this device_map keeps modules on disk: name a folder for them with "
                 f"{type(config).__name__}(offload_folder=...)"
             )
+        dispatch.check_devices("calibration_device", config.calibration_device)
         _refuse_sharded_loading()
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -145,6 +147,7 @@ class VQHfQuantizer(HfQuantizer):
         with torch.device("cpu"):  # Transformers builds the model under a meta device context
             self._plan = make_plan(model, self.quantization_config)
             text = model.config.get_text_config()
+            _warn_of_dense_matrices(model, self._plan)
             self._samples = load_calibration(
                 self.quantization_config,
                 model.name_or_path,
@@ -259,6 +262,23 @@ def check_sample_size(samples: torch.Tensor | None, plan: Any) -> None:
             f"{samples.numel()} calibration tokens ({samples.shape[0]} x {samples.shape[1]}) are "
             f"too few for the Hessian of {name}, which has {spec.in_features} inputs: give at "
             f"least {spec.in_features} tokens, better 100 times as many, or dataset=None"
+        )
+
+
+def _warn_of_dense_matrices(model: Any, plan: Any) -> None:
+    """Say that a good part of the model cannot be packed, if so: its files stay large."""
+    rows = plan.surprises()
+    weights, total = sum(row.params for row in rows), plan.ledger().model_params
+    if 100 * weights > total:
+        first = max(rows, key=lambda row: row.params)
+        logger.warning(
+            "%d matrices with %.0f %% of the weights of this %s stay dense, first of all %s: %s; "
+            "`hf-vq plan` lists every one with its reason",
+            len(rows),
+            100 * weights / total,
+            type(model).__name__,
+            first.name,
+            first.reason,
         )
 
 

@@ -68,6 +68,23 @@ def save_atomically(
     return result
 
 
+def save_with_tokenizer(
+    model: Any, tokenizer: Any, save_directory: str | os.PathLike, **kwargs: Any
+) -> None:
+    """Save a packed model and its tokenizer, if it has one, both or neither.
+
+    kwargs: as for `save_pretrained`.
+    """
+    plain = type(model).save_pretrained.__wrapped__  # `hf_vq.registration` has wrapped it
+
+    def save(model: Any, folder: str, **kwargs: Any) -> None:
+        plain(model, folder, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    save_atomically(save, model, save_directory, **kwargs)
+
+
 def _push_options(kwargs: dict[str, Any], name: str) -> dict[str, Any] | None:
     """What of `save_pretrained`'s options is about publishing, taken out; None: nothing."""
     options = {key: kwargs.pop(key) for key in _PUSHING if key in kwargs}

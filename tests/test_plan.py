@@ -44,6 +44,9 @@ def test_ledger_is_the_size_of_the_packed_model(kind):
 def test_reasons():
     mixtral = make_plan(on_meta("mixtral"), GPTVQConfig(2.75)).dense
     assert "4 experts" in mixtral["model.layers.0.mlp.experts.gate_up_proj"]
+    surprises = {row.name for row in make_plan(on_meta("mixtral"), GPTVQConfig(2.75)).surprises()}
+    assert {name.rpartition(".")[2] for name in surprises} == {"gate_up_proj", "down_proj", "gate"}
+    assert not make_plan(on_meta("llama"), GPTVQConfig(2.75)).surprises()
     assert mixtral["lm_head"] == "the output head"
     assert mixtral["model.embed_tokens"] == "an embedding"
     opt = make_plan(on_meta("opt"), GPTVQConfig(2.75)).dense

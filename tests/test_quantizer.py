@@ -137,6 +137,15 @@ def test_overrides_and_exceptions_reach_the_file(dense, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize(("kind", "said"), [("mixtral", True), ("llama", False)])
+def test_experts_that_stay_dense_are_a_warning(kind, said, dense, caplog):
+    with caplog.at_level(logging.WARNING):
+        load(dense(kind), quantization_config=GPTVQConfig(2.6, dataset=tokens(8), **QUICK))
+    warned = "of the weights of this MixtralForCausalLM stay dense, first of all" in caplog.text
+    assert warned is said
+    assert ("4 experts' matrices fused into one parameter" in caplog.text) is said
+
+
 def test_data_free_mode_warns(dense, caplog):
     with caplog.at_level(logging.WARNING):
         model = load(dense("llama"), quantization_config=GPTVQConfig(2.6, **QUICK))

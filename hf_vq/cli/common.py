@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import typer
 from rich.console import Console
 
@@ -25,6 +30,8 @@ def stdout() -> Console:
 def one_line_errors(command: Command) -> Command:
     """Turn an exception into one line on stderr and exit code 1 (130 for Ctrl-C).
 
+    SIGTERM, which job schedulers send, also ends the command with what it had begun to write
+    removed (exit code 143).
     HF_VQ_DEBUG=1 lets the exception through with its traceback.
     """
 
@@ -33,7 +40,8 @@ def one_line_errors(command: Command) -> Command:
         if os.environ.get("HF_VQ_DEBUG", "0") not in ("", "0"):
             return command(*args, **kwargs)
         try:
-            return command(*args, **kwargs)
+            with _ended_by_sigterm():
+                return command(*args, **kwargs)
         except (typer.Exit, typer.BadParameter, typer.Abort):
             raise
         except KeyboardInterrupt:
@@ -50,6 +58,23 @@ def one_line_errors(command: Command) -> Command:
     return wrapper  # type: ignore[return-value]
 
 
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that half a model does not stay behind."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _print(message: str) -> None:
     stderr.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
 
@@ -58,8 +83,8 @@ def check_output_folder(out: Path, model: str) -> None:
     """Refuse an output folder that would destroy something, before any work is done.
 
     Raises:
-        typer.BadParameter: `out` is a file, is or contains the model, or holds something that is
-            not a model.
+        typer.BadParameter: `out` is a file, is or contains the model, holds something that is not
+            a model, or cannot be written to.
     """
     out, source = out.resolve(), Path(model).resolve()
     if source.exists() and (out == source or out in source.parents):
@@ -72,16 +97,47 @@ def check_output_folder(out: Path, model: str) -> None:
         raise typer.BadParameter(
             f"{out} is not empty and holds no model that could be replaced", param_hint="OUT"
         )
+    there = next(place for place in (out, *out.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):  # seen before quantizing, not after
+        raise typer.BadParameter(f"{there} is no folder that can be written to", param_hint="OUT")
 
 
-def check_model(name: str) -> None:
-    """Refuse what is written like a folder but is none, before it is looked for on the Hub."""
+def check_model(name: str, revision: str | None = None) -> None:
+    """Refuse a folder without a model, and what is neither a folder nor to be had from the Hub."""
     folder = Path(name)
     written_as_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if written_as_path and not folder.is_dir():
         raise OSError(f"there is no folder {name}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise OSError(f"the folder {name} holds no model (it has no config.json)")
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        try:
+            cached_file(name, "config.json", revision=revision)
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"there is no folder {name} here, and no model of that name came from the Hub: "
+                f"{reason}"
+            ) from None
+
+
+def check_dtype(name: str) -> None:
+    """Refuse what is neither "auto" nor one of torch's floats; raises typer.BadParameter."""
+    found = None if name == "auto" else getattr(torch, name, None)
+    if name != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise typer.BadParameter(
+            f"{name!r} is neither auto nor a float of torch, such as bfloat16", param_hint="--dtype"
+        )
+
+
+def check_shard_size(text: str) -> None:
+    """Refuse a size that would fail only after quantizing; raises typer.BadParameter."""
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", text, re.IGNORECASE):
+        raise typer.BadParameter(
+            f"{text!r} is no size such as 5GB or 500MB", param_hint="--max-shard-size"
+        )
 
 
 def packed_folder(folder: Path) -> Path:

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 from rich.markdown import Markdown
 
-from hf_vq.cli.common import check_model, load_tokenizer, one_line_errors, stderr, stdout
+from hf_vq.cli.common import (
+    check_dtype,
+    check_model,
+    load_tokenizer,
+    one_line_errors,
+    stderr,
+    stdout,
+)
 from hf_vq.evaluation.comparison import KNOWN, ComparisonRow, compare_methods, table, write
 
 
@@ -40,6 +47,7 @@ def compare(
     from hf_vq.environment import environment
     from hf_vq.evaluation.metrics import windows
 
+    check_dtype(dtype)
     check_model(model)
     chosen = [name.strip() for name in methods.split(",") if name.strip()]
     for name in chosen:

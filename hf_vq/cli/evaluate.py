@@ -11,10 +11,18 @@ import typer
 from rich import box
 from rich.table import Table
 
-from hf_vq.cli.common import check_model, load_tokenizer, one_line_errors, stderr, stdout
+from hf_vq.cli.common import (
+    check_dtype,
+    check_model,
+    load_tokenizer,
+    one_line_errors,
+    stderr,
+    stdout,
+)
 from hf_vq.evaluation import Teacher, print_evaluation, windows
 from hf_vq.evaluation import evaluate as run_evaluation
 from hf_vq.evaluation.generation import speed as measure_speed
+from hf_vq.files import read_json, write_text
 
 
 @one_line_errors
@@ -75,19 +83,34 @@ def evaluate(
 
     from hf_vq.engine.calibration import describe_dataset, load_tokens
     from hf_vq.environment import environment
+    from hf_vq.hub.record import read_record
 
     if dataset is None and tasks is None:
         raise typer.BadParameter("give --dataset TEXT, --tasks, or both", param_hint="--dataset")
     for option, given in (("--rtn", rtn), ("--teacher", teacher is not None)):
         if given and (against is None or dataset is None):
             raise typer.BadParameter("needs --against and --dataset", param_hint=option)
+    check_dtype(dtype)
     for name in (out, against):
         if name is not None:
             check_model(name)
     tools = load_tokenizer(tokenizer or out) or (load_tokenizer(against) if against else None)
 
     def load(name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(name, device_map=device_map, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, device_map=device_map, dtype=dtype, output_loading_info=True
+        )
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{name} lacks {len(missing)} of its weights (the first: {missing[0]}), and random "
+                "ones would be evaluated: its config.json does not fit its files, or says that "
+                "something packed them which is not here"
+            )
+        return model
+
+    if card and Path(out).is_dir():
+        read_record(out)  # figures that could not be kept beside it had better not be measured
 
     cut = None
     if dataset is not None:
@@ -133,7 +156,7 @@ def evaluate(
         _print_tasks(rows)
         record["tasks"] = rows
     if json_file is not None:
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(record, indent=2) + "\n")
     if card and Path(out).is_dir():
         _keep(Path(out), evaluation, rows, against)
 
@@ -190,9 +213,8 @@ def _keep(
     from hf_vq.hub.card import write_card
     from hf_vq.hub.record import add_to_record
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if packed_settings(config) is None:  # an original, evaluated for comparison
-        return
+    if packed_settings(read_json(folder / "config.json")) is None:
+        return  # an original, evaluated for comparison
     add_to_record(folder, evaluation, rows)
     base = original if original is not None and Path(original).is_dir() else None
     if not write_card(folder, base_folder=base):

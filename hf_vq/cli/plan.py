@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_vq.cli.common import check_model, one_line_errors, stdout
+from hf_vq.cli.common import check_dtype, check_model, one_line_errors, stdout
 from hf_vq.cli.options import config_class, parse_overrides, with_config_options
 from hf_vq.formats.base import LayerSpec
 from hf_vq.hub.planning import PlanGroup, group_rows, plan_model
@@ -50,7 +50,8 @@ def plan(
 ) -> None:
     """Print what every matrix of MODEL would become, and the sizes; loads no weights."""
     make_config = config_class(method, fields)
-    check_model(model)
+    check_dtype(dtype)
+    check_model(model, revision)
     config = make_config(
         **fields,
         modules_to_not_convert=modules_to_not_convert or None,

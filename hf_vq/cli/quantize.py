@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from hf_vq.cli.common import (
+    check_dtype,
     check_model,
     check_output_folder,
+    check_shard_size,
     load_tokenizer,
     one_line_errors,
     stderr,
@@ -63,7 +65,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL and save it to OUT, with its tokenizer."""
     make_config = config_class(method, fields)
-    check_model(model)
+    check_dtype(dtype)
+    check_shard_size(max_shard_size)
+    check_model(model, revision)
     check_output_folder(out, model)
     where = {} if revision is None else {"revision": revision}
     text_tools = load_tokenizer(tokenizer or model, **({} if tokenizer else where))
@@ -81,12 +85,12 @@ def quantize(
 
     from transformers import AutoModelForCausalLM
 
+    from hf_vq.saving import save_with_tokenizer
+
     packed = AutoModelForCausalLM.from_pretrained(
         model, quantization_config=config, device_map=device_map, dtype=dtype, **where
     )
-    packed.save_pretrained(out, max_shard_size=max_shard_size)
+    save_with_tokenizer(packed, text_tools, out, max_shard_size=max_shard_size)
     if text_tools is None:
         stderr.print(f"note: {model} has no tokenizer, so {out} has none", markup=False)
-    else:
-        text_tools.save_pretrained(out)
     print(f"saved {out}; next: hf-vq inspect {out}")

@@ -7,7 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_vq.cli.common import check_model, load_tokenizer, one_line_errors, stderr
+from hf_vq.cli.common import (
+    check_dtype,
+    check_model,
+    load_tokenizer,
+    one_line_errors,
+    stderr,
+)
 from hf_vq.cli.options import config_class, parse_overrides, with_config_options
 from hf_vq.registry import METHODS
 
@@ -60,7 +66,8 @@ def sweep(
     wanted = [size.strip() for size in sizes.split(",") if size.strip()]
     if not wanted or len({folder_name(size) for size in wanted}) < len(wanted):
         raise typer.BadParameter("give different sizes, with commas", param_hint="--sizes")
-    check_model(model)
+    check_dtype(dtype)
+    check_model(model, revision)
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="OUT")
     where = {} if revision is None else {"revision": revision}

@@ -22,6 +22,7 @@ from hf_vq.evaluation.baselines import BASELINES, bits_per_weight, quantize_base
 from hf_vq.evaluation.metrics import compare
 from hf_vq.evaluation.others import OTHERS, Unavailable, quantize_other
 from hf_vq.evaluation.teacher import Teacher
+from hf_vq.files import write_text
 from hf_vq.loading import packed_layers
 from hf_vq.registry import METHODS
 from hf_vq.tying import make_dense
@@ -153,9 +154,9 @@ def write(folder: Path, itself: float, rows: list[ComparisonRow], about: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     rows = _with_earlier(folder / "comparison.json", rows, about)
     content = {**about, "perplexity_dense": itself, "rows": [asdict(row) for row in rows]}
-    (folder / "comparison.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "comparison.json", json.dumps(content, indent=2) + "\n")
     text = f"# Methods at equal size\n\n{about['protocol']}\n\n{table(itself, rows)}"
-    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    write_text(folder / "comparison.md", text)
     try:
         draw(rows, folder / "comparison.png")
     except ImportError:

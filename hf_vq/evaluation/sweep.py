@@ -69,6 +69,7 @@ def sweep(
     from transformers import AutoModelForCausalLM
 
     from hf_vq.hub.planning import plan_model
+    from hf_vq.saving import save_with_tokenizer
 
     where = {name: loading[name] for name in ("dtype", "revision") if name in loading}
     for config in configs.values():
@@ -82,9 +83,7 @@ def sweep(
         packed: Any = load(model, quantization_config=config, **loading)
         seconds = time.perf_counter() - began
         folder = out / folder_name(size)
-        packed.save_pretrained(folder, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        save_with_tokenizer(packed, tokenizer, folder, max_shard_size=max_shard_size)
         figures: dict[str, Any] = {}
         if tokens is not None:
             found = evaluate(packed, tokens, seqlen, dense=dense).to_dict()

@@ -161,7 +161,13 @@ FORMATS: dict[str, Format] = {
 
 
 def adopt(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A whole `config.json` as it would be written today; the same object if it already is."""
+    """A whole `config.json` as it would be written today; the same object if it already is.
+
+    Raises `FormatError` for a `quantization_config` that is none.
+    """
+    found = config.get("quantization_config")
+    if isinstance(found, (bool, int, float, str, list)):
+        raise FormatError(f"config.json: quantization_config is {found!r:.60}, not an object")
     for known in FORMATS.values():
         config = known.adopt(config)
     return config

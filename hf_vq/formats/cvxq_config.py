@@ -22,17 +22,8 @@ def read_layers(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Raises `FormatError` for a module listed twice, and for a list of another kind.
     """
     out: dict[str, dict[str, Any]] = {}
-    entries = stored.get("layers") or []
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise FormatError(f"config.json: layers must be a list of entries, not {entries!r:.60}")
-    for entry in entries:
-        fields = {k: v for k, v in entry.items() if k != "modules"}
-        modules = entry.get("modules", {})
-        if not isinstance(modules, dict):
-            raise FormatError(
-                "config.json: the modules of a cvxq entry must be a dict of name: number of words, "
-                f"not {modules!r:.60}"
-            )
+    described = "a dict of name: number of words"
+    for fields, modules in layer_list.entries(stored, dict, described):
         for name, num_words in modules.items():
             if name in out:
                 raise FormatError(f"{name}: config.json lists it twice under quantization_config")

@@ -7,7 +7,7 @@ keeps the config of a large model small.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_vq.formats.base import LayerSpec
@@ -15,25 +15,47 @@ from hf_vq.formats.validation import FormatError
 
 
 def read_layers(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Module name -> the fields of its spec. Raises `FormatError` for a module listed twice."""
+    """Module name -> the fields of its spec.
+
+    Raises `FormatError` for a module listed twice, and for a list of another kind.
+    """
     out: dict[str, dict[str, Any]] = {}
-    for entry in stored.get("layers") or ():
-        fields = {k: v for k, v in entry.items() if k != "modules"}
-        for name in entry.get("modules", ()):
+    for fields, modules in entries(stored, list, "a list of names"):
+        for name in modules:
             if name in out:
                 raise FormatError(f"{name}: config.json lists it twice under quantization_config")
             out[name] = fields
     return out
 
 
+def entries(
+    stored: Mapping[str, Any], kind: type, described: str
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The fields and the "modules" of every entry of "layers".
+
+    kind: of "modules", in words: described. Raises `FormatError` for anything else.
+    """
+    found = stored.get("layers") or []
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise FormatError(f"config.json: layers must be a list of entries, not {found!r:.60}")
+    for entry in found:
+        modules = entry.get("modules")
+        if not isinstance(modules, kind):
+            raise FormatError(
+                f"config.json: modules of an entry of layers must be {described}, not "
+                f"{modules!r:.60}"
+            )
+        yield {k: v for k, v in entry.items() if k != "modules"}, modules
+
+
 def write_layers(layers: Mapping[str, tuple[LayerSpec, bool]]) -> list[dict[str, Any]]:
     """module name -> (spec, whether it has a bias) to the list; the model knows about biases."""
-    entries: dict[str, dict[str, Any]] = {}
+    listed: dict[str, dict[str, Any]] = {}
     for name, (spec, _) in layers.items():
         fields = spec.to_dict()
-        entry = entries.setdefault(repr(sorted(fields.items())), {"modules": [], **fields})
+        entry = listed.setdefault(repr(sorted(fields.items())), {"modules": [], **fields})
         entry["modules"].append(name)
-    return list(entries.values())
+    return list(listed.values())
 
 
 def read_entry(

@@ -5,7 +5,6 @@ Only figures that were measured appear; where there are none, the card says so, 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from importlib import resources
@@ -14,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_vq.files import read_json, write_text
 from hf_vq.formats import packed_settings
 from hf_vq.hub.base_card import inherit
 from hf_vq.hub.card_rows import (
@@ -126,7 +126,7 @@ def write_card(
         return False
     if card is None:
         return False
-    (folder / CARD_NAME).write_text(card.text, encoding="utf-8")
+    write_text(folder / CARD_NAME, card.text)
     return True
 
 
@@ -144,13 +144,13 @@ def folder_card(
     Draws the pictures too, if matplotlib is installed. Raises ValueError if a card there has broken
     metadata.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     stored = packed_settings(config)
     if stored is None:
         return None
     report_file = folder / REPORT_NAME
     known = report_file.is_file()
-    report = json.loads(report_file.read_text(encoding="utf-8")) if known else _sizes(folder)
+    report = read_json(report_file) if known else _sizes(folder)
     record = read_record(folder)
     base, revision = stored.get("base_model"), stored.get("base_model_revision")
     inherited = inherit(base, revision, base_folder, token)

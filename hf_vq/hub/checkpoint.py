@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_vq import loading
+from hf_vq.files import read_json
 from hf_vq.formats import FORMATS, packed_settings
 from hf_vq.quantizer import REPORT_NAME
 from hf_vq.registry import get_method
@@ -108,7 +109,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     folder = Path(folder)
-    settings = packed_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    settings = packed_settings(read_json(folder / "config.json"))
     if settings is None:
         raise ValueError(
             f"{folder} holds no model packed by hf_vq: its config lists no packed layers"
@@ -119,8 +120,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     for file in files:
         stored.update(read_header(file))
     report_file = folder / REPORT_NAME
-    report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else None
-    measured = {row["name"]: row for row in _report_rows(report)}
+    report = read_json(report_file) if report_file.is_file() else None
+    measured = _measured(report, report_file)
     model = _architecture(folder)
     layers = loading.find_layers(model, method.config.from_dict(copy.deepcopy(settings)))  # type: ignore[attr-defined]
     if layers.absent:
@@ -205,13 +206,20 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, whether they exist or not."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{index} names no weight files; download or quantize the model again")
+        return [folder / name for name in sorted(set(places.values()))]
     return [folder / "model.safetensors"]
 
 
-def _report_rows(report: dict[str, Any] | None) -> list[dict[str, Any]]:
-    return [] if report is None else report.get("matrices", [])
+def _measured(report: dict[str, Any] | None, file: Path) -> dict[str, dict[str, Any]]:
+    """Name of a matrix -> its row in the report."""
+    rows = [] if report is None else report.get("matrices", [])
+    try:
+        return {row["name"]: row for row in rows}
+    except (TypeError, KeyError):
+        raise ValueError(f"{file} lists no matrices as hf_vq does; repair or delete it") from None
 
 
 def _architecture(folder: Path) -> Any:

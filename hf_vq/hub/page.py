@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from hf_vq.files import write_text
 from hf_vq.hub.card_rows import measured_rows, reproduce, settings_rows, task_rows
 from hf_vq.hub.checkpoint import Checkpoint, read_checkpoint
 from hf_vq.hub.record import read_record
@@ -55,7 +56,7 @@ def render_page(folder: str | Path) -> str:
 
 def write_page(folder: str | Path, file: str | Path) -> None:
     """Write `render_page(folder)` to `file`."""
-    Path(file).write_text(render_page(folder), encoding="utf-8")
+    write_text(file, render_page(folder))
 
 
 def _tiles(

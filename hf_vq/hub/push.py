@@ -7,7 +7,6 @@ files of an interrupted push; the next one sends only what is missing.
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
 import os
 import tempfile
@@ -19,9 +18,11 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
+from hf_vq.files import read_json
 from hf_vq.formats import packed_settings
 from hf_vq.hub.card import CARD_NAME, folder_card
 from hf_vq.hub.card_text import Merged, merge_cards
+from hf_vq.hub.checkpoint import read_checkpoint
 from hf_vq.hub.errors import hub_errors
 from hf_vq.hub.record import is_stale
 from hf_vq.quantizer import EVALUATION_NAME
@@ -57,14 +58,15 @@ def contents(folder: str | Path, include: Iterable[str] = ()) -> Contents:
     """The files of the packed model in `folder` that are published; include: more patterns.
 
     Raises:
-        ValueError: no packed model is there, or a file names a place on this machine.
+        ValueError: no packed model is there, it is damaged, or a file names a place on this
+            machine.
         OSError: the weights are missing.
     """
     folder = Path(folder)
     config = folder / "config.json"
     if not config.is_file():
         raise OSError(f"{folder} holds no model (it has no config.json)")
-    if packed_settings(json.loads(config.read_text(encoding="utf-8"))) is None:
+    if packed_settings(read_json(config)) is None:
         raise ValueError(
             f"{folder} holds no model packed by hf_vq; publish it with `hf upload` instead"
         )
@@ -80,6 +82,7 @@ def contents(folder: str | Path, include: Iterable[str] = ()) -> Contents:
             found.left_out[name] = "not part of a model"
     if not any(name.endswith(".safetensors") for name in found.files):
         raise OSError(f"{folder} has no *.safetensors: there are no weights to publish")
+    read_checkpoint(folder)  # or a damaged file would go out, to be found by whoever loads it
     if EVALUATION_NAME in found.files and is_stale(folder):
         del found.files[EVALUATION_NAME]
         found.left_out[EVALUATION_NAME] = "measured of other weights; run `hf-vq eval` again"

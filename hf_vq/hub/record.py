@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hf_vq.files import read_json, write_text
 from hf_vq.hub.checkpoint import weight_files
 from hf_vq.quantizer import EVALUATION_NAME
 
@@ -96,7 +97,7 @@ def add_to_record(
             record.get("tasks", []), tasks, ("task", "metric", "filter", "limit")
         )
     text = json.dumps(record, indent=2) + "\n"
-    (Path(folder) / EVALUATION_NAME).write_text(text, encoding="utf-8")
+    write_text(Path(folder) / EVALUATION_NAME, text)
     return record
 
 
@@ -112,11 +113,6 @@ def _replace(
 
 def _load(folder: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8"))
+        return read_json(folder / EVALUATION_NAME)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(
-            f"{folder / EVALUATION_NAME} is no valid JSON ({error}); repair or delete it"
-        ) from None
-    return record if isinstance(record, dict) else None

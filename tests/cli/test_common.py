@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from hf_vq.cli.common import (
+    check_dtype,
     check_model,
     check_output_folder,
+    check_shard_size,
     load_tokenizer,
     one_line_errors,
     packed_folder,
@@ -58,6 +64,28 @@ def test_debugging_shows_the_traceback(monkeypatch):
     assert isinstance(result.exception, ValueError)
 
 
+def test_sigterm_cleans_up(monkeypatch):
+    monkeypatch.delenv("HF_VQ_DEBUG", raising=False)
+    cleaned = []
+
+    @one_line_errors
+    def command():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or a failure would end the tests
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command()
+        assert ended.value.code == 143 and cleaned
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, "as it was before"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_usage_errors_keep_their_code(monkeypatch):
     monkeypatch.delenv("HF_VQ_DEBUG", raising=False)
     assert runner.invoke(app_raising(typer.BadParameter("no")), []).exit_code == 2
@@ -89,6 +117,18 @@ def test_output_folder(tmp_path):
     check_output_folder(tmp_path / "new" / "folder", str(model))
 
 
+def test_output_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(typer.BadParameter, match="file is no folder that can be written to"):
+        check_output_folder(tmp_path / "file" / "out", "org/name")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setattr("os.access", lambda place, mode: place != locked)
+    for out in (locked, locked / "new" / "out"):
+        with pytest.raises(typer.BadParameter, match="is no folder that can be written to"):
+            check_output_folder(out, "org/name")
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])
 def test_paths_are_not_taken_for_hub_ids(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -99,12 +139,50 @@ def test_paths_are_not_taken_for_hub_ids(name, tmp_path, monkeypatch):
 def test_models(tmp_path, docs_llama):
     with pytest.raises(OSError, match="holds no model"):
         check_model(str(tmp_path))
-    check_model("org/name")
     check_model(str(docs_llama))
     assert packed_folder(docs_llama) == docs_llama
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(typer.BadParameter):
             packed_folder(folder)
+
+
+def test_models_that_are_not_folders_come_from_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "transformers.utils.cached_file", lambda *place, **where: asked.append((place, where))
+    )
+    check_model("org/name", "v2")
+    assert asked == [(("org/name", "config.json"), {"revision": "v2"})]
+
+
+def test_a_model_that_is_nowhere():
+    with pytest.raises(OSError, match="there is no folder nowhere here, and no model of that name"):
+        check_model("nowhere")
+
+
+@pytest.mark.parametrize("name", ["float17", "int8", "", "Tensor"])
+def test_no_dtypes(name):
+    with pytest.raises(typer.BadParameter, match="neither auto nor a float"):
+        check_dtype(name)
+
+
+def test_dtypes():
+    for name in ("auto", "bfloat16", "float32"):
+        check_dtype(name)
+
+
+@pytest.mark.parametrize("text", ["banana", "5", "GB", "5 GB", "-5GB", "5GiB"])
+def test_no_shard_sizes(text):
+    with pytest.raises(typer.BadParameter, match="no size such as 5GB"):
+        check_shard_size(text)
+
+
+@pytest.mark.parametrize("text", ["5GB", "1.5mb", "800KB"])
+def test_shard_sizes(text):
+    check_shard_size(text)
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    assert parse_size_to_int(text) > 0, "who writes the files does not take it"
 
 
 def test_tokenizers_may_be_missing(tmp_path, docs_llama):
