@@ -161,7 +161,7 @@ def compile_in_parallel(
             pass
 
 
-class _Absent:
+class Absent:
     """What Triton asks a driver before it compiles: what for."""
 
     def __init__(self, target: tuple[str, Any, int]) -> None:
@@ -189,7 +189,7 @@ def _compile(arguments: tuple[tuple[str, int, int, int], tuple[str, Any, int], i
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    driver.set_active(_Absent(target))
+    driver.set_active(Absent(target))
     triton_common._multiprocessors = lambda device: multiprocessors
     run = JITFunction.run
 
@@ -210,7 +210,7 @@ def _compile(arguments: tuple[tuple[str, int, int, int], tuple[str, Any, int], i
         module.decode(x, matrix, None)
     else:
         if case.method == "vptq":
-            x, matrix = module._arranged(x, matrix)
+            x, matrix = module.arranged(x, matrix)
         triton_product.product(x, matrix, None)
     if math.gcd(tokens, 16) == 16:
         triton_product.dequantize(matrix, torch.bfloat16)
