@@ -140,6 +140,11 @@ def build(folder: Path | None = None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="hf_vq_"))
         library = folder / library.name
     complaint, refused = "", set()
+    if sys.stderr.isatty() and os.environ.get("HF_VQ_PROGRESS") != "0":
+        print(
+            "hf_vq compiles its CPU kernels for this processor, once, in some ten seconds",
+            file=sys.stderr,
+        )
     for variant in _VARIANTS:
         if variant[0] in refused:
             continue
