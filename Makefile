@@ -40,7 +40,7 @@ demo: $(STAMP) ## quantize the bundled model, reload it in a new process, compar
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP) ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style
 	$(BIN)/ruff check .

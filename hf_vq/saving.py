@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hf_vq.hub.card import write_card
 from hf_vq.hub.push import push_folder
 from hf_vq.hub.record import drop_stale
@@ -73,7 +75,7 @@ def save_with_tokenizer(
 ) -> None:
     """Save a packed model and its tokenizer, if it has one, both or neither.
 
-    kwargs: as for `save_pretrained`.
+    kwargs: as for `save_pretrained`. Raises OSError, naming the folder, if that cannot be done.
     """
     plain = type(model).save_pretrained.__wrapped__  # `hf_vq.registration` has wrapped it
 
@@ -82,7 +84,13 @@ def save_with_tokenizer(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-    save_atomically(save, model, save_directory, **kwargs)
+    try:
+        save_atomically(save, model, save_directory, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the model could not be saved to {save_directory} ({error}); nothing there has "
+            "changed; make room, or give another folder"
+        ) from error
 
 
 def _push_options(kwargs: dict[str, Any], name: str) -> dict[str, Any] | None:

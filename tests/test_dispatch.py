@@ -24,34 +24,36 @@ import torch
 torch.set_num_threads(1)
 import hf_vq
 from transformers import AutoModelForCausalLM
-path, prompt, out = sys.argv[1:]
-prompt = torch.load(prompt)
+prompt = torch.load(sys.argv[1])
 disk = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu",
         "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-found = {}
-for name, kwargs in {"none": {}, "cpu": {"device_map": "cpu"}, "auto": {"device_map": "auto"},
-                     "disk": {"device_map": disk, "offload_folder": out + ".offload"}}.items():
-    with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        found[name] = model(prompt).logits
-    if name == "disk":
-        assert model.model.layers[1].mlp.up_proj.indices.is_meta
-        model.save_pretrained(out + ".resaved")
-torch.save(found, out)
+for path, out in zip(sys.argv[2::2], sys.argv[3::2]):
+    found = {}
+    for name, kwargs in {"none": {}, "cpu": {"device_map": "cpu"}, "auto": {"device_map": "auto"},
+                         "disk": {"device_map": disk, "offload_folder": out + ".offload"}}.items():
+        with torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            found[name] = model(prompt).logits
+        if name == "disk":
+            assert model.model.layers[1].mlp.up_proj.indices.is_meta
+            model.save_pretrained(out + ".resaved")
+    torch.save(found, out)
 """
 
 
-@pytest.mark.parametrize("kind", ["llama-bias", "llama-tied"])
-def test_fresh_process_and_device_maps_give_identical_logits(kind, quantized, tmp_path):
-    model, path = quantized(kind)
+def test_fresh_process_and_device_maps_give_identical_logits(quantized, tmp_path):
+    models = {kind: quantized(kind) for kind in ("llama-bias", "llama-tied")}
     torch.save(PROMPT, tmp_path / "prompt")
-    script = [sys.executable, "-c", FRESH, path, tmp_path / "prompt", tmp_path / "out"]
+    script = [sys.executable, "-c", FRESH, tmp_path / "prompt"]
+    for kind, (_, path) in models.items():
+        script += [path, tmp_path / kind]
     subprocess.run(script, check=True, capture_output=True)
-    found = torch.load(tmp_path / "out")
-    assert set(found) == {"none", "cpu", "auto", "disk"}
-    for name, value in found.items():
-        assert torch.equal(value, logits(model)), name
-    assert torch.equal(logits(load(tmp_path / "out.resaved")), logits(model))
+    for kind, (model, _) in models.items():
+        found = torch.load(tmp_path / kind)
+        assert set(found) == {"none", "cpu", "auto", "disk"}
+        for name, value in found.items():
+            assert torch.equal(value, logits(model)), (kind, name)
+        assert torch.equal(logits(load(tmp_path / f"{kind}.resaved")), logits(model))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markdown import Markdown
 
+from hf_vq.cli.arguments import Model
 from hf_vq.cli.common import (
     check_dtype,
     check_model,
@@ -21,7 +22,7 @@ from hf_vq.evaluation.comparison import KNOWN, ComparisonRow, compare_methods, t
 
 @one_line_errors
 def compare(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the original model.")],
+    model: Model,
     dataset: Annotated[str, typer.Option(help="Calibration text, as for `hf-vq quantize`.")],
     eval_dataset: Annotated[str, typer.Option(help="Held-out text to compare on.")],
     methods: Annotated[

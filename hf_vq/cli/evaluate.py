@@ -11,6 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from hf_vq.cli.arguments import DeviceMap, Dtype
 from hf_vq.cli.common import (
     check_dtype,
     check_model,
@@ -69,8 +70,8 @@ def evaluate(
     generate: Annotated[
         bool, typer.Option(help="Check greedy continuations, and measure their speed.")
     ] = True,
-    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
-    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file too.")
     ] = None,

@@ -13,28 +13,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hf_vq.cli.arguments import Dtype, Method, Model, NotConverted, Overrides, Revision
 from hf_vq.cli.common import check_dtype, check_model, one_line_errors, stdout
 from hf_vq.cli.options import config_class, parse_overrides, with_config_options
 from hf_vq.formats.base import LayerSpec
 from hf_vq.hub.planning import PlanGroup, group_rows, plan_model
 from hf_vq.plan import Plan
-from hf_vq.registry import METHODS
 from hf_vq.sizes import human
 
 
 @with_config_options
 @one_line_errors
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the original model.")],
-    method: Annotated[str, typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = "gptvq",
-    modules_to_not_convert: Annotated[
-        list[str] | None,
-        typer.Option(help="Name or pattern of modules to leave dense; repeatable."),
-    ] = None,
-    overrides: Annotated[
-        str | None,
-        typer.Option(help='Fields per layer, as JSON: {"re:.*down_proj": {"vector_dim": 2}}.'),
-    ] = None,
+    model: Model,
+    method: Method = "gptvq",
+    modules_to_not_convert: NotConverted = None,
+    overrides: Overrides = None,
     measurement: Annotated[
         Path | None,
         typer.Option(
@@ -42,8 +36,8 @@ def plan(
             "`hf-vq quantize --measurement` wrote it."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the Hub.")] = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
     *,
     fields: dict[str, Any],

@@ -7,6 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_vq.cli.arguments import (
+    CalibrationDevice,
+    DeviceMap,
+    Dtype,
+    Method,
+    Model,
+    NotConverted,
+    Overrides,
+    Revision,
+)
 from hf_vq.cli.common import (
     check_dtype,
     check_model,
@@ -17,15 +27,14 @@ from hf_vq.cli.common import (
     stderr,
 )
 from hf_vq.cli.options import config_class, parse_overrides, with_config_options
-from hf_vq.registry import METHODS
 
 
 @with_config_options
 @one_line_errors
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the original model.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="Folder for the packed model.")],
-    method: Annotated[str, typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = "gptvq",
+    method: Method = "gptvq",
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -36,14 +45,8 @@ def quantize(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not MODEL's own.")
     ] = None,
-    modules_to_not_convert: Annotated[
-        list[str] | None,
-        typer.Option(help="Name or pattern of modules to leave dense; repeatable."),
-    ] = None,
-    overrides: Annotated[
-        str | None,
-        typer.Option(help='Fields per layer, as JSON: {"re:.*down_proj": {"vector_dim": 2}}.'),
-    ] = None,
+    modules_to_not_convert: NotConverted = None,
+    overrides: Overrides = None,
     measurement: Annotated[
         Path | None,
         typer.Option(
@@ -51,14 +54,10 @@ def quantize(
             "none, used instead of another pass if there is."
         ),
     ] = None,
-    calibration_device: Annotated[
-        str | None, typer.Option(help="Where blocks are calibrated; unset: a GPU if there is one.")
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help='As in from_pretrained: "auto", "cpu", "cuda:0".')
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the Hub.")] = None,
+    calibration_device: CalibrationDevice = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the packed model.")] = "5GB",
     *,
     fields: dict[str, Any],

@@ -7,6 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_vq.cli.arguments import (
+    CalibrationDevice,
+    DeviceMap,
+    Dtype,
+    Method,
+    Model,
+    NotConverted,
+    Overrides,
+    Revision,
+)
 from hf_vq.cli.common import (
     check_dtype,
     check_model,
@@ -15,16 +25,15 @@ from hf_vq.cli.common import (
     stderr,
 )
 from hf_vq.cli.options import config_class, parse_overrides, with_config_options
-from hf_vq.registry import METHODS
 
 
 @with_config_options
 @one_line_errors
 def sweep(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the original model.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="Folder for a folder per size and the curve.")],
     sizes: Annotated[str, typer.Option(help='As --size takes them, with commas: "1MB,1.2MB".')],
-    method: Annotated[str, typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = "gptvq",
+    method: Method = "gptvq",
     dataset: Annotated[
         str | None, typer.Option(help="Calibration text, as for `hf-vq quantize`.")
     ] = None,
@@ -38,19 +47,12 @@ def sweep(
         Path | None,
         typer.Option(help="File of the measurement; unset: OUT/measurement.safetensors."),
     ] = None,
-    modules_to_not_convert: Annotated[
-        list[str] | None,
-        typer.Option(help="Name or pattern of modules to leave dense; repeatable."),
-    ] = None,
-    overrides: Annotated[
-        str | None, typer.Option(help="Fields per layer, as JSON, as for `hf-vq quantize`.")
-    ] = None,
-    calibration_device: Annotated[
-        str | None, typer.Option(help="Where blocks are calibrated; unset: a GPU if there is one.")
-    ] = None,
-    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
-    dtype: Annotated[str, typer.Option(help="As in from_pretrained.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the Hub.")] = None,
+    modules_to_not_convert: NotConverted = None,
+    overrides: Overrides = None,
+    calibration_device: CalibrationDevice = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
     *,
     fields: dict[str, Any],
 ) -> None:
