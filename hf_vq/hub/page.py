@@ -79,8 +79,11 @@ def _tiles(
             tiles.append((f"{evaluation['kl']:.3f}", "KL to the original", "nats per token"))
             tiles.append((f"{100 * evaluation['top1']:.1f} %", "same most likely token", ""))
     if report.get("seconds"):
+        cpu = report.get("cpu_seconds")
+        of_cpu = f"{cpu:.0f} s of processor time" if cpu else ""
         device = (report.get("environment") or {}).get("device", "")
-        tiles.append((f"{report['seconds']:.0f} s", "to quantize", device))
+        note = ", ".join(filter(None, (of_cpu, device)))
+        tiles.append((f"{report['seconds']:.0f} s", "to quantize", note))
     return tiles
 
 
