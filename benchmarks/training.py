@@ -57,7 +57,7 @@ TUNE_STEPS = {2: 1000, 3: 500, 4: 500}
 TUNE_TOKENS, TUNE_SEQLEN, TUNE_REASSIGN = 1024, 256, 0.002
 # The rank of QLoRA's paper, and twice as large an alpha
 LORA = {"r": 64, "lora_alpha": 128, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-LORA_STEPS, LORA_TOKENS, LORA_RATE, LORA_HELD_OUT = 300, 1024, 3e-4, 16
+LORA_STEPS, LORA_TOKENS, LORA_SEQLEN, LORA_RATE, LORA_HELD_OUT = 300, 1024, 256, 1e-4, 16
 REQUANTIZE_STEPS = 60
 MEMORY_STEPS, MEMORY_TOKENS = 3, 256
 TUNE_TARGET = {2: 0.70, 3: 0.85, 4: 1.0}
@@ -155,7 +155,8 @@ def lora_row(bench: Bench, name: str) -> tuple[list[str], bool]:
     loss, method = name.split("_")
     dense = perplexity(bench.dense, bench.test, SEQLEN)
     found = {"packed": perplexity(bench.packed(method, 2), bench.test, SEQLEN)}
-    rows = bench.tuning[: LORA_STEPS * LORA_TOKENS // SEQLEN + LORA_HELD_OUT]
+    rows = LORA_STEPS * LORA_TOKENS // LORA_SEQLEN + LORA_HELD_OUT
+    rows = bench.tuning[:rows, :LORA_SEQLEN]  # parts of many documents
     for kind in ("error", "zero"):
         torch.manual_seed(0)
         model = get_peft_model(bench.packed(method, 2), LoraConfig(**LORA))
@@ -172,7 +173,7 @@ def lora_row(bench: Bench, name: str) -> tuple[list[str], bool]:
                 steps=LORA_STEPS,
                 tokens_per_step=LORA_TOKENS,
                 nsamples=len(rows),
-                seqlen=SEQLEN,
+                seqlen=LORA_SEQLEN,
                 learning_rate=LORA_RATE,
             )
         else:
@@ -192,7 +193,7 @@ def requantize_row(bench: Bench, name: str) -> tuple[list[str], bool]:
     """KL to the merged dense model: ours keeps the specs, the other chooses them anew."""
     torch.manual_seed(0)
     model = get_peft_model(bench.packed("gptvq", 2), LoraConfig(**LORA))
-    _train(model, bench.tuning, REQUANTIZE_STEPS)
+    _train(model, bench.tuning[:, :LORA_SEQLEN], REQUANTIZE_STEPS)
     merged = copy.deepcopy(model).merge_and_unload().eval()
     ours = hf_vq.merge_and_requantize(model, bench.calibration, seqlen=SEQLEN).eval()
     with tempfile.TemporaryDirectory() as folder:
