@@ -30,6 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", type=Path, default=Path("qlora-output"))
+    parser.add_argument("--windows", type=int, default=64, help="to quantize and to evaluate with")
     parser.add_argument("--model", type=Path, default=MODEL)
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -39,9 +40,9 @@ def main() -> None:
     names = sorted(topics)
     texts = ["\n\n".join(topics[name] for name in names[part::2]) for part in (0, 1)]
     train, test = (windows(torch.tensor(tokenizer(t)["input_ids"]), SEQLEN) for t in texts)
-    test = test[:64]
+    test = test[: arguments.windows]
 
-    config = hf_vq.VPTQConfig(bits=2, dataset=train, nsamples=64, seqlen=SEQLEN)
+    config = hf_vq.VPTQConfig(bits=2, dataset=train, nsamples=arguments.windows, seqlen=SEQLEN)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, quantization_config=config, dtype=torch.float32
     )
@@ -76,7 +77,7 @@ def main() -> None:
     model = PeftModel.from_pretrained(base, arguments.out / "adapter")
     print(f"reloaded: perplexity {perplexity(model, test, SEQLEN):.2f}")
 
-    model = hf_vq.merge_and_requantize(model, train, nsamples=64, seqlen=SEQLEN)
+    model = hf_vq.merge_and_requantize(model, train, nsamples=arguments.windows, seqlen=SEQLEN)
     print(f"merged, at 2 bits again: perplexity {perplexity(model, test, SEQLEN):.2f}")
     model.save_pretrained(arguments.out / "merged")  # no adapter, no original needed any more
 

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Root mean squares of a tensor per step, at the peak of the schedule.
 _LEARNING_RATE = 2e-3
-# Of an adapter, half of which begins at zero: as it is.
-_ADAPTER_RATE = 1e-3
+# Of an adapter, half of which may begin at zero: as it is.
+_ADAPTER_RATE = 1e-4
 _TOKENS_PER_STEP = 4096
 # Values of one micro-batch's logits.
 _MAX_LOGITS = 1 << 24
@@ -91,7 +91,7 @@ def tune(
         nsamples, seqlen: windows and their tokens. seqlen None: the model's context, at most 2048.
         tokens_per_step: tokens of one optimizer step, rounded to whole windows.
         learning_rate: peak, in root mean squares of each tensor (None: 2e-3); of an adapter Adam's
-            own (None: 1e-3).
+            own (None: 1e-4).
         reassign: share of all codes that a step may change, 0 to 1; say 0.002. Takes five
             float32 values per weight (`hf_vq.tuning.codes`). 0: the codes stay.
         train_unquantized: train dense embeddings and linear layers too, such as an output head that

@@ -1,10 +1,13 @@
 """LoRA that begins with what quantization lost.
 
 A fresh adapter does nothing, and the first steps of training go into making up for the error of the
-packed weights. The best low-rank correction is known before: for a layer with inputs of second
-moment H = L L^T, ``min ||(W - Q - s B A) L||`` over matrices of rank r is the truncated SVD of
-``(W - Q) L``, times L^-1 (QERA, arXiv 2410.06040, section 4.2; LoftQ, arXiv 2310.08659, is the case
-L = 1). Blocks are done in order, each on inputs that come from the corrected blocks before it.
+packed weights. The best low-rank correction is known before. A layer is given x in the original and
+x' in the packed model, with what has been corrected of it so far; with H = E x' x'^T = R R^T and
+C = E x x'^T, ``min E ||W x - (Q + s B A) x'||^2`` over matrices of rank r is the truncated SVD of
+``(W C H^-1 - Q) R``, times R^-1. QERA (arXiv 2410.06040, section 4.2) is the case x = x', and LoftQ
+(arXiv 2310.08659) that of R = 1 as well. Both take ``W - Q`` for the error, and it is not: the
+quantizers here aim at ``W C H^-1`` themselves (`hf_vq.methods.feedback.correction`), so a part of
+it makes up for earlier layers, and to correct that does harm.
 """
 
 from __future__ import annotations
@@ -43,12 +46,13 @@ def init_adapter_from_quantization_error(
     """Start a LoRA adapter at the best low-rank correction of its packed layers, in place.
 
     The packed weights stay as they are, so the adapter is saved and loaded like any other. Weights
-    of the original are read one at a time.
+    of the original are read one block at a time.
 
     Args:
         model: a PeftModel, or a model with an adapter added, over packed layers; LoRA, with or
             without `use_dora` and `use_rslora`.
-        dataset: calibration data, as in the configs. None: all inputs count the same.
+        dataset: calibration data, as in the configs. None: all inputs count the same, and are taken
+            for those of the original, so the error corrected is W - Q.
         base_model: the original: a model, a folder or an id. None: the one the config names.
         adapter_name: which adapter. None: the active one.
         tokenizer: for texts. None: the model's own.
@@ -136,10 +140,13 @@ class _Start:
             right = torch.linalg.solve_triangular(upper, right, upper=True, left=False)
         left = u * s.sqrt()
         scaling = float(layer.scaling[adapter])
+        # Both factors of a direction as large per entry: one learning rate has to suit them all
+        ratio = left.square().mean(0) / right.square().mean(1)
+        balance = torch.where(s > 0, ratio, 1.0).pow(0.25)
         a.zero_()
         b.zero_()
-        a[: len(s)] = (right * scaling**-0.5).to(a.dtype)
-        b[:, : len(s)] = (left * scaling**-0.5).to(b.dtype)
+        a[: len(s)] = (right * (balance * scaling**-0.5)[:, None]).to(a.dtype)
+        b[:, : len(s)] = (left / (balance * scaling**0.5)).to(b.dtype)
         total = float(weighted.double().square().sum())
         self.left[name] = 1 - float(s.double().square().sum()) / total if total else 0.0
         if adapter in getattr(layer, "lora_magnitude_vector", {}):  # DoRA: rows keep their length

@@ -104,6 +104,11 @@ def test_the_start_undoes_what_a_trained_model_has_lost(docs_llama: Path) -> Non
         model = get_peft_model(packed_model, lora)
         left = hf_vq.init_adapter_from_quantization_error(model, data[:24], base_model=docs_llama)
         assert len(left) == 28
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:  # one learning rate suits both
+                other = model.get_parameter(name.replace("lora_A", "lora_B"))
+                sizes = parameter.square().mean(1), other.square().mean(0)
+                assert torch.allclose(*sizes, rtol=1e-3)
         divergence[rank] = compare(dense, model, data[24:]).kl
         packed_model = model.unload()
     assert divergence[8] < 0.95 * divergence[0]
