@@ -78,13 +78,14 @@ def period_codes(bits: int, wide: int) -> int:
     return math.lcm(math.lcm(bits, 32) // 32, wide) * 32 // bits
 
 
-def wide_enough(wide: int, bits: int, stream: int) -> bool:
+def wide_enough(wide: int, bits: int, stream: int, tokens: int) -> bool:
     """Whether to read `wide` words of streams of `stream` words, of codes of `bits` bits, at once.
 
-    They must be aligned, and a thread should not take more than 32 codes apart at once: more are
-    no faster and take long to compile.
+    They must be aligned, and a thread should not take more than 32 codes apart at once, or multiply
+    them with more than two tokens: that takes the compiler long.
     """
-    return wide == 1 or (stream % wide == 0 and period_codes(bits, wide) <= 32)
+    codes = period_codes(bits, wide)
+    return wide == 1 or (stream % wide == 0 and codes <= 32 and codes * tokens <= 64)
 
 
 def power_of_two(n: int, low: int = 1, high: int = 1 << 30) -> int:

@@ -55,7 +55,8 @@ _DECODE = [
 
 def _fits(sizes: dict[str, Any], constants: dict[str, Any]) -> bool:
     _, columns, dim, _, bits = constants["GEOMETRY"][:5]
-    return wide_enough(sizes["WIDE"], bits, triton.cdiv(triton.cdiv(columns, dim) * bits, 32))
+    words = triton.cdiv(triton.cdiv(columns, dim) * bits, 32)
+    return wide_enough(sizes["WIDE"], bits, words, constants["TOKENS"])
 
 
 @tuned(["GEOMETRY", "TOKENS", "SPLITS", "BOOK_TYPE", "X_TYPE"], _DECODE, fits=_fits)

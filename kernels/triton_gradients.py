@@ -6,9 +6,9 @@ is added at once to the entries that the tile was decoded from, by a function of
     scatter(packed, GEOMETRY, sums, row_tile, column_tile, tile, unit, ROWS, COLUMNS)
 
 Which program adds first is chance, so sums are integers, which give the same bits in any order, as
-float32 would not: 64 bits, in units of 2**-62 to 2**-61 of the largest sum that the norms of `grad`
-and `x` allow, that over all weights of the matrix. For 28672 x 8192 weights a unit is 2**-33 of the
-mean product of norms, to which an entry adds up in thousands of weights.
+float32 would not: 64 bits, in units of 2**-61 to 2**-60 of the largest sum that the norms of `grad`
+and `x` allow, that over all weights of the matrix. For 28672 x 8192 weights a unit is below 2**-32
+of the mean product of norms, to which an entry adds up in thousands of weights.
 """
 
 from __future__ import annotations

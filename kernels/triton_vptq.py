@@ -43,7 +43,8 @@ from torch import Tensor
 def _fits(sizes: dict[str, Any], constants: dict[str, Any]) -> bool:
     geometry = constants["GEOMETRY"]
     bits, width = geometry[4] + geometry[6], geometry[7]
-    return wide_enough(sizes["WIDE"], bits, triton.cdiv(width * bits, 32))
+    words = triton.cdiv(width * bits, 32)
+    return wide_enough(sizes["WIDE"], bits, words, constants["TOKENS"])
 
 
 @tuned(

@@ -5,8 +5,8 @@
 The kernels are called as always, on CPU tensors, with a driver that only knows its target: Triton
 compiles what the call needs and launches nothing. Prints one JSON object per kernel: its name, the
 format where it is one of WIDE, bytes of shared memory, instructions of the two kinds that should
-not be there, conversions of layouts within loops (ttgir) and local memory (ptx), and loads of 16
-bytes. TRITON_INTERPRET must not be set.
+not be there, conversions of layouts within loops (ttgir) and local memory (ptx), exchanges between
+threads of a warp (ptx), and loads of 16 bytes. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -88,11 +88,18 @@ def _wide_loads(kernel: Any) -> int:
     return kernel.asm["amdgcn"].count("load_dwordx4") + kernel.asm["amdgcn"].count("load_b128")
 
 
-def _decode_wide(spec: Any) -> None:
-    """Launch the product for one token with four words read at a time."""
+def _decode_wide(spec: Any, shifted: bool = False) -> None:
+    """Launch the product for one token with four words read at a time.
+
+    shifted: of GPTVQ codes in a view that does not begin at a multiple of 16 bytes.
+    """
     x = torch.zeros((1, spec.in_features), dtype=torch.bfloat16)
     if isinstance(spec, GPTVQSpec):
         tensors = FORMATS["gptvq"].pack(random_gptvq(spec), spec)
+        if shifted:
+            stored = tensors["indices"]
+            room = torch.zeros(stored.numel() + 1, dtype=torch.int32)
+            tensors["indices"] = room[1:].view(stored.shape).copy_(stored)
         matrix = triton_gptvq.matrix(
             tensors["indices"], tensors["codebooks"], tensors["codebook_scales"], None, None, None,
             spec.in_features, spec.vector_dim, spec.num_centroids, spec.group_rows,
@@ -129,6 +136,8 @@ def main(backend: str, arch: str) -> None:
     for name, spec in WIDE.items():
         _decode_wide(spec)
         wide[name] = compiled[-1]
+    _decode_wide(WIDE["gptvq 4-D k256"], shifted=True)
+    wide["shifted"] = compiled[-1]
     compiled.clear()
 
     gptvq = GPTVQSpec(64, 1024, 4, 256, 64, 256)
@@ -188,6 +197,7 @@ def main(backend: str, arch: str) -> None:
             "wide": _wide_loads(kernel),
             "shared": kernel.metadata.shared,
             "conversions": _conversions_in_loops(kernel.asm["ttgir"]),
+            "exchanged": kernel.asm.get("ptx", "").count("shfl.sync"),
             "local": sum("local" in line for line in kernel.asm.get("ptx", "").splitlines()),
             "binary": len(kernel.asm["cubin" if backend == "cuda" else "hsaco"]),
         }
