@@ -83,9 +83,12 @@ def _curve(evaluation: dict[str, Any], bits: float) -> Any:
     figure = new_figure(6, 3.4)
     axes = figure.subplots()
     points = sorted((row["bits"], row["kl"]) for row in evaluation["rtn"])
-    axes.plot(*zip(*points, strict=True), "o--", color=_GRAY, label="rounding to nearest (groups)")
+    axes.plot(
+        *zip(*points, strict=True), "o--", color=_GRAY, label="rounding to nearest, groups of 64"
+    )
     axes.plot([bits], [evaluation["kl"]], "o", color=_ORANGE, markersize=9, label="this model")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bits per compressed weight, everything counted")
     axes.set_ylabel("KL to the original (nats per token)")
     axes.grid(alpha=0.25)

@@ -228,7 +228,7 @@ def reproduce_notes(stored: dict[str, Any]) -> list[str]:
     """What somebody else needs to know to run the command."""
     notes = []
     if stored.get("base_model") is None:
-        notes.append(f"`{_ORIGINAL}` is the original, which had no name on the Hub.")
+        notes.append(f"`{_ORIGINAL}` is the folder of the original model.")
     data = (stored.get("calibration") or {}).get("dataset")
     if data and not _nameable(data):
         notes.append(f"`{_TEXT}` stands for what was given in Python: {_cell(data)}.")

@@ -242,7 +242,7 @@ def test_the_command_makes_the_same_config(config, words):
         ("org/base", "org/texts:train", "org/texts:train", None),
         ("org/base", "texts.txt", "texts.txt", "`texts.txt` is a file of whoever made this"),
         ("org/base", "12 strings", "TEXT", "`TEXT` stands for what was given in Python: 12 str"),
-        (None, "org/texts", "ORIGINAL", "`ORIGINAL` is the original, which had no name on"),
+        (None, "org/texts", "ORIGINAL", "`ORIGINAL` is the folder of the original model."),
     ],
 )
 def test_what_a_stranger_lacks_for_the_command_is_said(base, dataset, word, note):
