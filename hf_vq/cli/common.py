@@ -104,14 +104,21 @@ def check_output_folder(out: Path, model: str) -> None:
 
 
 def check_model(name: str, revision: str | None = None) -> None:
-    """Refuse a folder without a model, and what is neither a folder nor to be had from the Hub."""
+    """Refuse a folder without a whole model, and what is no folder nor to be had from the Hub.
+
+    Raises OSError, or ValueError for a damaged file.
+    """
     folder = Path(name)
     written_as_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if written_as_path and not folder.is_dir():
         raise OSError(f"there is no folder {name}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise OSError(f"the folder {name} holds no model (it has no config.json)")
-    if not folder.is_dir():
+    if folder.is_dir():
+        from hf_vq.hub.checkpoint import read_headers
+
+        read_headers(folder)  # names a file that is cut off
+    else:
         from transformers.utils import cached_file
 
         try:
@@ -122,6 +129,24 @@ def check_model(name: str, revision: str | None = None) -> None:
                 f"there is no folder {name} here, and no model of that name came from the Hub: "
                 f"{reason}"
             ) from None
+
+
+def load_whole(name: str, **kwargs: Any) -> Any:
+    """The model at `name`; raises ValueError if some of its weights are in no file.
+
+    Transformers makes random ones in their place. kwargs: as for `from_pretrained`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks {len(missing)} of its weights (the first: {missing[0]}), which are "
+            "random therefore: its config.json does not fit its files, or says that something "
+            "packed them which is not here"
+        )
+    return model
 
 
 def check_dtype(name: str) -> None:

@@ -16,6 +16,7 @@ from hf_vq.cli.common import (
     check_dtype,
     check_model,
     load_tokenizer,
+    load_whole,
     one_line_errors,
     stderr,
     stdout,
@@ -80,14 +81,14 @@ def evaluate(
     ] = True,
 ) -> None:
     """Evaluate the packed model OUT, beside its original."""
-    from transformers import AutoModelForCausalLM
-
     from hf_vq.engine.calibration import describe_dataset, load_tokens
     from hf_vq.environment import environment
     from hf_vq.hub.record import read_record
 
     if dataset is None and tasks is None:
         raise typer.BadParameter("give --dataset TEXT, --tasks, or both", param_hint="--dataset")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
     for option, given in (("--rtn", rtn), ("--teacher", teacher is not None)):
         if given and (against is None or dataset is None):
             raise typer.BadParameter("needs --against and --dataset", param_hint=option)
@@ -98,17 +99,7 @@ def evaluate(
     tools = load_tokenizer(tokenizer or out) or (load_tokenizer(against) if against else None)
 
     def load(name: str) -> Any:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, device_map=device_map, dtype=dtype, output_loading_info=True
-        )
-        model, info = loaded
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{name} lacks {len(missing)} of its weights (the first: {missing[0]}), and random "
-                "ones would be evaluated: its config.json does not fit its files, or says that "
-                "something packed them which is not here"
-            )
-        return model
+        return load_whole(name, device_map=device_map, dtype=dtype)
 
     if card and Path(out).is_dir():
         read_record(out)  # figures that could not be kept beside it had better not be measured

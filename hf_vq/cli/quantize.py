@@ -23,6 +23,7 @@ from hf_vq.cli.common import (
     check_output_folder,
     check_shard_size,
     load_tokenizer,
+    load_whole,
     one_line_errors,
     stderr,
 )
@@ -82,11 +83,9 @@ def quantize(
         measurement=measurement,
     )
 
-    from transformers import AutoModelForCausalLM
-
     from hf_vq.saving import save_with_tokenizer
 
-    packed = AutoModelForCausalLM.from_pretrained(
+    packed = load_whole(
         model, quantization_config=config, device_map=device_map, dtype=dtype, **where
     )
     save_with_tokenizer(packed, text_tools, out, max_shard_size=max_shard_size)

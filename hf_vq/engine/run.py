@@ -20,6 +20,7 @@ from torch import nn
 
 from hf_vq.engine.blocks import BlockError, Captured, capture, find_blocks
 from hf_vq.engine.ends import final_statistics, find_ends
+from hf_vq.engine.precision import products_in_float32
 from hf_vq.engine.walk import BlockWalk, Streams
 from hf_vq.engine.worker import Worker
 from hf_vq.formats.base import LayerSpec
@@ -49,7 +50,8 @@ def quantize_model(
         worker = Worker(model, plan, config, reporter)
         largest = max(s.num_weights for s in plan.layers.values())
         worker.wide = largest >= _WORTH_PAGES
-        with _enough_threads(largest), own_pages(worker.wide):
+        products = products_in_float32(next(model.parameters()).dtype)
+        with _enough_threads(largest), own_pages(worker.wide), products:
             if samples is None:
                 for name in plan.layers:
                     worker.quantize([name], None)

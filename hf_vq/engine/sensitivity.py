@@ -31,6 +31,7 @@ from hf_vq.engine.blocks import (
 )
 from hf_vq.engine.ends import find_ends
 from hf_vq.engine.objective import Objective, frozen
+from hf_vq.engine.precision import products_in_float32
 from hf_vq.methods.feedback import factorize
 from hf_vq.methods.statistics import HessianAccumulator
 
@@ -76,6 +77,20 @@ def measure(
     CVXQ section 3. energies: mean squares of the original weights, for a model already packed.
     Raises `SensitivityError`, and `BlockError` for a model whose blocks cannot be run one by one.
     """
+    with products_in_float32(next(model.parameters()).dtype):
+        return _measure(model, names, samples, device, seed, objective, by_weight, energies)
+
+
+def _measure(
+    model: nn.Module,
+    names: list[str],
+    samples: torch.Tensor,
+    device: torch.device,
+    seed: int,
+    objective: str,
+    by_weight: bool,
+    energies: Mapping[str, float] | None,
+) -> Sensitivities:
     blocks = find_blocks(model)
     home = next(model.parameters()).device
     batches = [b.to(home) for b in samples[: max(1, _TOKENS // samples.shape[1])].split(1)]

@@ -116,6 +116,32 @@ def test_random_weights_are_not_evaluated(intact, tmp_path, method):
     assert "random" in message or "quant_method" in message
 
 
+def test_damaged_originals(intact, tmp_path):
+    folder = shutil.copytree(intact / "dense", tmp_path / "dense")
+    cut("model.safetensors", -999)(folder)
+    for command in (["plan", folder], ["quantize", folder, tmp_path / "out", *FAST]):
+        assert "model.safetensors has" in refused(*command)
+
+
+def test_random_weights_are_not_quantized(intact, tmp_path):
+    folder = shutil.copytree(intact / "dense", tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused("quantize", folder, tmp_path / "out", *FAST)
+    assert "lacks 9 of its weights" in message and "model.layers.2" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_that_could_not_be_written_are_not_measured(intact, tmp_path):
+    message = refused(
+        *("eval", intact / "packed", "--dataset", intact / "data.npy"),
+        *("--json", tmp_path / "none" / "figures.json"),
+    )
+    assert "there is no folder" in message
+
+
 def test_a_quantization_config_that_is_none(intact, tmp_path):
     folder = shutil.copytree(intact / "packed", tmp_path / "packed")
     put("config.json", json.dumps({"model_type": "llama", "quantization_config": 3}))(folder)
