@@ -95,6 +95,7 @@ def main() -> int:
     if path is not None and path.exists():  # rows of an earlier call with the same setting stay
         earlier = json.loads(path.read_text())
         measured = earlier["rows"] if earlier["setting"] == setting else {}
+    here = environment()
     for name, samples in rows.items():
         count = SAMPLES if samples is None else len(samples)
         config = get_method(args.method).config(
@@ -112,12 +113,13 @@ def main() -> int:
             "perplexity": found.perplexity_quantized,
             "top1": found.top1,
             "cpu": cpu,
+            "environment": here,
         }
         print(name, measured[name], flush=True)
         document = render(measured, setting, dense)
         if args.out and path:  # after every row, so that a later call can go on
             args.out.write_text(document)
-            record = {"setting": setting, "environment": environment(), "rows": measured}
+            record = {"setting": setting, "rows": measured}
             path.write_text(json.dumps(record, indent=2) + "\n")
     print(render(measured, setting, dense))
     return 0
@@ -125,9 +127,13 @@ def main() -> int:
 
 def render(rows: dict[str, Any], setting: str, dense: float) -> str:
     """Markdown; KL beside that of the model's own kind of text."""
+    places: dict[str, list[str]] = {}
+    for name, r in rows.items():
+        places.setdefault(r["environment"], []).append(f"`{name}`")
     lines = [
-        f"# What calibration text is worth\n\n{environment()}; {setting} tokens of held-out "
-        f"`docs`, where the original has perplexity {dense:.3f}.\n",
+        f"# What calibration text is worth\n\n{setting} tokens of held-out `docs`, where the "
+        f"original has perplexity {dense:.3f}.\n",
+        *(f"{', '.join(names)}: {where}.\n" for where, names in places.items()),
         "| calibration | tokens | KL | to `docs` | KL, 99th percentile | perplexity | "
         "same most likely token | CPU s |",
         "|---|---|---|---|---|---|---|---|",

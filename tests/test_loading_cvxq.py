@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_vq.formats import FormatError
-from hf_vq.formats.cvxq import pack
+from hf_vq.formats.cvxq import check, pack
 from hf_vq.layers.linear import PackedLinear
 from hf_vq.loading import (
     describe,
@@ -123,3 +124,18 @@ def test_another_number_of_words(tmp_path):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(FormatError, match=r"down_proj: 'depths' ask for \d+ words of codes"):
         load(tmp_path, recorded)
+
+
+def test_checking_parameters_that_are_being_loaded_warns_of_nothing():
+    """Transformers hands over float tensors that ask for gradients."""
+    spec = with_depths(30, 20, 16, "log8", "int8", permuted=True, seed=0)
+    tensors = pack(random_cvxq(spec, 0), spec)
+    loaded = {n: torch.nn.Parameter(t, t.is_floating_point()) for n, t in tensors.items()}
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # or a test before this one may have used the only warning up
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check(loaded, spec, "a")
+    finally:
+        torch.set_warn_always(before)

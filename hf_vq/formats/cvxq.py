@@ -280,7 +280,7 @@ _MOST_EXPONENT = 124.0
 
 
 def _largest_exponent(scale_codes: Tensor, scale_grid: Tensor) -> float:
-    offset, step = scale_grid.double().unsqueeze(-1)
+    offset, step = scale_grid.detach().double().unsqueeze(-1)  # being loaded it is a parameter
     return float((offset + step * scale_codes).max())
 
 
