@@ -1,6 +1,6 @@
 """What the Triton kernels take of a GPU, per configuration, from the compiler: no GPU is needed.
 
-    python benchmarks/gpu_resources.py [--arch 90] [--formats WORD] [--kernels WORD] [--out FILE.md]
+    python benchmarks/gpu_resources.py [--arch 90] [--formats ...] [--kernels ...] [--out FILE.md]
 
 Every configuration of every kernel is compiled for 4096 x 4096 (an embedding of 32000 x 4096) in
 bfloat16, and by ptxas, which comes with Triton. The table: registers per thread, bytes of spilled
@@ -163,14 +163,16 @@ def work(case: Case) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, help="compute capability (default 90)")
-    parser.add_argument("--formats", default="", help="only those with this in their name")
-    parser.add_argument("--kernels", default="", help="only those with this in their name")
+    for what in ("--formats", "--kernels"):
+        parser.add_argument(
+            what, nargs="+", default=[""], help="only those with this in their name"
+        )
     parser.add_argument("--out", type=Path, help="also write the table here")
     options = parser.parse_args()
     kernels = Kernels(options.arch)
     lines = [
         f"# What the kernels take, sm_{options.arch}, {ROWS} x {COLUMNS}, bfloat16\n",
-        f"triton {triton.__version__}; `python benchmarks/gpu_resources.py`. Columns: see there.\n",
+        f"triton {triton.__version__}; `{' '.join(['python', *sys.argv])}`. Columns: see there.\n",
         "| format | kernel | configuration | registers | spilled | local | shared | warps "
         "| loads: bytes x count |",
         "|---" * 9 + "|",
@@ -178,10 +180,10 @@ def main() -> int:
     print("\n".join(lines), flush=True)
     spilled = 0
     for name, make in CASES.items():
-        if options.formats not in name:
+        if not any(word in name for word in options.formats):
             continue
         for what, call in work(make(ROWS, COLUMNS, "cpu")).items():
-            if options.kernels not in what:
+            if not any(word in what for word in options.kernels):
                 continue
             seen = set()
             for kernel, config, binary in kernels.launched(call):

@@ -25,7 +25,15 @@ def gpu_report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     out = tmp_path / "report.md"
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "gpu.py"),
+        "--dry",
+        "--budget",
+        "3000",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report, _, missing = out.read_text().partition("## Not measured")
