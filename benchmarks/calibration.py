@@ -50,9 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--corpus", action="append", default=[], help="NAME=FILE.txt; repeatable")
     parser.add_argument("--only", help="these rows, with commas; unset: all")
-    parser.add_argument(
-        "--samples", default="1,2,4,8,16,32,64,256", help="sizes of docs beside 128"
-    )
+    parser.add_argument("--samples", default="2,4,8,16,32,64,256", help="sizes of docs beside 128")
     parser.add_argument("--method", default="vptq")
     parser.add_argument("--bits", type=float, default=2.25)
     parser.add_argument("--max-windows", type=int, default=60)

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -63,6 +63,41 @@ class Case:
         """The operator that makes the dense weight."""
         operator = getattr(torch.ops.hf_vq, f"{self.method}_dequantize")
         return operator(*self.packed, self.in_features, *self.geometry, dtype)
+
+    def embedding(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """The operator that decodes rows `ids`."""
+        operator = getattr(torch.ops.hf_vq, f"{self.method}_embedding")
+        return operator(ids, *self.packed, self.in_features, *self.geometry, dtype)
+
+    def to(self, device: str) -> Case:
+        """The same matrix on another device."""
+        return replace(self, packed=tuple(None if t is None else t.to(device) for t in self.packed))
+
+    def trainable(self) -> Case:
+        """The same matrix as training sees it: with codebooks or scales in float32."""
+        packed = list(self.packed)
+        if self.method == "gptvq":
+            values = gptvq_reference.expand_codebooks(
+                *packed[1:4], self.geometry[1], self.geometry[0]
+            )
+            packed[1:4] = [values, None, None]
+        elif self.method == "cvxq":
+            packed[2:4] = [cvxq_reference.expand_scales(packed[2], packed[3]), None]
+        packed = [t if t is None or not t.is_floating_point() else t.float() for t in packed]
+        return replace(self, packed=tuple(packed))
+
+    def packed_gradients(self, grad: Tensor, x: Tensor) -> list[Tensor]:
+        """The operator that gives gradients of floating codebooks, scales and norms."""
+        operator = getattr(torch.ops.hf_vq, f"{self.method}_packed_gradients")
+        return operator(grad, *self.packed, x, *self.geometry, self.trained())
+
+    def trained(self) -> list[bool]:
+        """Which packed tensors have gradients."""
+        grids = {"gptvq": 5, "cvxq": 3}  # of scales, which have none
+        return [
+            t is not None and t.is_floating_point() and i != grids.get(self.method)
+            for i, t in enumerate(self.packed)
+        ]
 
     def reference(self) -> Tensor:
         """The dense weight in float32, by the readable specification, on the CPU."""
@@ -155,13 +190,16 @@ def compile_in_parallel(
     kernels without waiting for the compiler. `target`: backend, architecture, threads per warp.
     """
     workers = max(1, min(len(jobs), os.cpu_count() or 1))
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    try:
         arguments = [(job, target, multiprocessors) for job in jobs]
         for _ in pool.map(_compile, arguments):
             pass
+    finally:  # what is cut off by the budget must not be waited for
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Absent:
+class Absent:
     """What Triton asks a driver before it compiles: what for."""
 
     def __init__(self, target: tuple[str, Any, int]) -> None:
@@ -189,15 +227,17 @@ def _compile(arguments: tuple[tuple[str, int, int, int], tuple[str, Any, int], i
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    driver.set_active(_Absent(target))
+    driver.set_active(Absent(target))
     triton_common._multiprocessors = lambda device: multiprocessors
+    triton_common._may_time = lambda: True  # so that no configuration is left out
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     def every(self: Any, *args: Any, **kwargs: Any) -> None:
-        for config in self.space:
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        for config in self.early_config_prune(self.configs, named):
             with contextlib.suppress(Exception):  # the tuner meets it again, and leaves it out
                 self.fn.run(*args, **kwargs, **config.all_kwargs())
 
@@ -210,7 +250,7 @@ def _compile(arguments: tuple[tuple[str, int, int, int], tuple[str, Any, int], i
         module.decode(x, matrix, None)
     else:
         if case.method == "vptq":
-            x, matrix = module._arranged(x, matrix)
+            x, matrix = module.arranged(x, matrix)
         triton_product.product(x, matrix, None)
     if math.gcd(tokens, 16) == 16:
         triton_product.dequantize(matrix, torch.bfloat16)

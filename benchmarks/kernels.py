@@ -2,12 +2,13 @@
 
     python benchmarks/kernels.py [--tokens 1,4,64] [--shapes 4096x4096,14336x4096] [--repeat N]
                                  [--threads N] [--cpu-time] [--dtype bfloat16]
-                                 [--out FILE.md] [--append]
+                                 [--cases NAME] [--march x86-64-v3] [--out FILE.md] [--append]
 
 Codes are random, geometries those the planner takes (or near them). The peer is `F.linear` in
 the same dtype, timed alternately with the packed layer; both go round copies of their weights of
 some hundred megabytes in all, which is more than most caches, if not all last-level ones, hold.
-Medians. --append: to the file instead of over it.
+Medians. --append: to the file instead of over it. --march: let the C backend be compiled for this
+processor, as cc has it, instead of the one at hand; torch's layers use all that there is.
 --cpu-time: with one thread, the CPU time of it instead, where other programs use the machine too.
 GB/s counts the packed tensors; its share is of a memory copy (read and write) measured in the same
 run. The error is that of the dtype in and out to float32 arithmetic on the decoded weight.
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--append", action="store_true")
+    parser.add_argument("--march", help="compile the C backend for another processor")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
@@ -166,6 +168,8 @@ def main() -> None:
         clock, options.threads = time.thread_time, 1
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.march:
+        cpu_build._VARIANTS = ((f"-march={options.march}", "-fopenmp"),)
     dtype = getattr(torch, options.dtype)
     lines: list[str] = []
 

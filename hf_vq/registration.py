@@ -77,10 +77,12 @@ def _wrap_dtype() -> None:
 
 
 def _wrap_config_from_dict() -> None:
-    """Let configs be read that say in an older format's words that their model is packed.
+    """Keep Transformers from taking a packed model for a dense one, to be filled at random.
 
-    Transformers looks for `quantization_config` alone: it would take such a model for a dense one
-    and fill it with random weights. Any other config is handed on as it is.
+    Read are configs that say in an older format's words that their model is packed, where
+    Transformers looks for `quantization_config` alone. And `quantization_config=None`, given
+    explicitly, means none of the caller's own: the Auto classes hand it to `from_dict`, which would
+    write it over the model's. Any other config is handed on as it is.
     """
     from transformers import PreTrainedConfig
 
@@ -90,7 +92,10 @@ def _wrap_config_from_dict() -> None:
 
     @functools.wraps(original)
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return original(cls, formats.adopt(config_dict), **kwargs)
+        today = formats.adopt(config_dict)
+        if kwargs.get("quantization_config", cls) is None and formats.packed_settings(today):
+            del kwargs["quantization_config"]
+        return original(cls, today, **kwargs)
 
     from_dict._hf_vq_wrapped = True  # type: ignore[attr-defined]
     PreTrainedConfig.from_dict = classmethod(from_dict)  # type: ignore[method-assign,assignment]

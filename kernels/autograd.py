@@ -9,6 +9,10 @@ and `define_input_gradient` adds one that the backward pass of the second calls,
 
     hf_vq::NAME_input_gradient(grad, *packed, in_features, *geometry) -> grad @ W
 
+and `register_gradients` the one that gives those of stored tensors, of which `needed` says which,
+
+    hf_vq::NAME_packed_gradients(grad, *packed, x, *geometry, needed) -> [gradient, ...]
+
 The product decodes W, uses it and forgets it; its backward pass decodes again. Only the gradients
 of stored tensors need the activations, so they are kept only when one of those is trained.
 """
@@ -79,9 +83,45 @@ def define_input_gradient(name: str, num_packed: int, packed: str, geometry: str
     )
 
 
-def register_gradients(name: str, num_packed: int, gradients: Gradients) -> None:
-    """Autograd of both operators of method `name`, given how W's gradient reaches the packed."""
+def register_gradients(
+    name: str,
+    num_packed: int,
+    packed: str,
+    geometry: str,
+    trainable: tuple[int, ...],
+    gradients: Gradients,
+) -> None:
+    """Autograd of both operators of method `name`, given how W's gradient reaches the packed.
+
+    Defines `hf_vq::{name}_packed_gradients`, whose default makes W's gradient, in float32, and
+    forgets it. `packed`, `geometry`: their schemas; `trainable`: which packed tensors may need a
+    gradient. There are no gradients of these gradients.
+    """
+    torch.library.define(
+        f"hf_vq::{name}_packed_gradients",
+        f"(Tensor grad, {packed}, Tensor x, {geometry}, bool[] needed) -> Tensor[]",
+    )
     input_gradient = getattr(torch.ops.hf_vq, f"{name}_input_gradient")
+    packed_gradients = getattr(torch.ops.hf_vq, f"{name}_packed_gradients")
+
+    def default(grad: Tensor, *arguments: Any) -> list[Tensor]:
+        stored, x, others = (
+            arguments[:num_packed],
+            arguments[num_packed],
+            arguments[num_packed + 1 :],
+        )
+        with torch.autocast(grad.device.type, enabled=False):
+            tokens = grad.reshape(-1, grad.shape[-1]).float()
+            grad_weight = tokens.T @ x.reshape(-1, x.shape[-1]).float()
+            found = gradients(grad_weight, tuple(others[-1]), stored, others[:-1])
+        return [gradient for gradient in found if gradient is not None]
+
+    register_default(f"{name}_packed_gradients", default)
+
+    @torch.library.register_fake(f"hf_vq::{name}_packed_gradients")
+    def fake(grad: Tensor, *arguments: Any) -> list[Tensor]:
+        needed = arguments[-1]
+        return [t.new_empty(t.shape) for t, n in zip(arguments, needed, strict=False) if n]
 
     def dequantize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:num_packed])
@@ -89,30 +129,33 @@ def register_gradients(name: str, num_packed: int, gradients: Gradients) -> None
 
     def dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[:num_packed]
-        packed = gradients(grad, needed, ctx.saved_tensors, ctx.geometry)
-        return (*packed, None, *[None] * len(ctx.geometry), None)
+        found = gradients(grad, needed, ctx.saved_tensors, ctx.geometry)
+        return (*found, None, *[None] * len(ctx.geometry), None)
 
     def linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, packed, bias = inputs[0], inputs[1 : num_packed + 1], inputs[num_packed + 1]
-        ctx.trains_packed = any(ctx.needs_input_grad[1 : num_packed + 1])
+        x, stored, bias = inputs[0], inputs[1 : num_packed + 1], inputs[num_packed + 1]
+        ctx.needed = [i in trainable and ctx.needs_input_grad[i + 1] for i in range(num_packed)]
         # Only the gradients of stored tensors look at the activations.
-        ctx.save_for_backward(x if ctx.trains_packed else None, *packed)
+        ctx.save_for_backward(x if any(ctx.needed) else None, *stored)
         ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.geometry = inputs[num_packed + 2 :]
 
     def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, *packed = ctx.saved_tensors
+        x, *stored = ctx.saved_tensors
         grad_x = grad_bias = None
         grad_packed: list[Tensor | None] = [None] * num_packed
+        grad = grad.to(ctx.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = input_gradient(grad.to(ctx.dtype), *packed, ctx.in_features, *ctx.geometry)
-        tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
-        if ctx.trains_packed:
-            grad_weight = tokens.T.float() @ x.reshape(-1, ctx.in_features).float()
-            needed = ctx.needs_input_grad[1 : num_packed + 1]
-            grad_packed = gradients(grad_weight, needed, tuple(packed), ctx.geometry)
+            grad_x = input_gradient(grad, *stored, ctx.in_features, *ctx.geometry)
+        if any(ctx.needed):
+            found = packed_gradients(grad, *stored, x, *ctx.geometry, ctx.needed)
+            for place, gradient in zip(
+                [i for i, needed in enumerate(ctx.needed) if needed], found, strict=True
+            ):
+                grad_packed[place] = gradient
         if ctx.needs_input_grad[num_packed + 1]:
+            tokens = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
             grad_bias = tokens.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return (grad_x, *grad_packed, grad_bias, *[None] * len(ctx.geometry))
 

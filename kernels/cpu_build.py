@@ -21,10 +21,12 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 _SOURCES = ("cpu_gptvq.c", "cpu_vptq.c", "cpu_cvxq.c", "cpu_product.c")
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-math-errno")
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 # Tried in this order: not every compiler knows the processor or has OpenMP.
 _VARIANTS = (
     ("-march=native", "-fopenmp"),
@@ -80,6 +82,20 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], library: str) -> str:
+    """The compiler's complaint, "" if there is none; sources are compiled side by side."""
+    with tempfile.TemporaryDirectory(prefix="hf_vq_") as folder:
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        commands = [
+            [compiler, *flags, "-c", str(source), "-o", out]
+            for source, out in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(max_workers=len(commands)) as pool:
+            done = list(pool.map(_run, commands))
+        done.append(_run([compiler, *flags, "-shared", *objects, "-o", library, "-lm"]))
+    return next((d.stderr.strip() or "it failed" for d in done if d.returncode), "")
+
+
 def _disproof(path: str) -> str | None:
     """What is wrong with a library, found out in another process; None if nothing is known."""
     script = (
@@ -124,15 +140,19 @@ def build(folder: Path | None = None) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="hf_vq_"))
         library = folder / library.name
     complaint, refused = "", set()
+    if sys.stderr.isatty() and os.environ.get("HF_VQ_PROGRESS") != "0":
+        print(
+            "hf_vq compiles its CPU kernels for this processor, once, in some ten seconds",
+            file=sys.stderr,
+        )
     for variant in _VARIANTS:
         if variant[0] in refused:
             continue
         handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
-            done = _run([compiler, *_FLAGS, *variant, *map(str, sources), "-o", temporary, "-lm"])
-            if done.returncode:
-                complaint = done.stderr.strip()
+            complaint = _compile(compiler, (*_FLAGS, *variant), sources, temporary)
+            if complaint:
                 continue
             wrong = _disproof(temporary)
             if wrong is None:
@@ -170,6 +190,14 @@ def library() -> ctypes.CDLL:
         return ctypes.CDLL(path)
     except OSError as error:
         raise CannotCompile(f"{path} cannot be loaded: {error}") from error
+
+
+def function(name: str, *arguments: Any) -> Any:
+    """The C function `name` of the library, which takes plain numbers for these ctypes."""
+    found = getattr(library(), name)
+    if found.argtypes is None:
+        found.argtypes = arguments
+    return found
 
 
 @functools.cache

@@ -207,4 +207,16 @@ INLINE void store(void *out, i64 at, int dtype, const float *values, i64 n) {
     }
 }
 
+/* A row of y: sums plus bias (or NULL), to element `at` of an array of the dtype. */
+INLINE void store_sums(void *y, i64 at, int dtype, float *sums, const float *bias, i64 n) {
+    if (bias)
+        for (i64 i = 0; i < n; i++) sums[i] += bias[i];
+    store(y, at, dtype, sums, n);
+}
+
+/* How many threads a product with one vector is worth: starting one takes time. */
+INLINE i64 threads_for(i64 rows, i64 columns, i64 threads) {
+    return smaller(threads, 1 + rows * columns / 65536);
+}
+
 #endif

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from hf_vq_kernels import cpu_build
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FEW_TOKENS = 6
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -23,9 +22,19 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def plain(tensor: Tensor | None) -> Tensor | None:
+    """`tensor` as it is stored, contiguous: something to take the address of."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def floats(tensor: Tensor | None) -> Tensor | None:
     """`tensor` as contiguous float32, itself where it is that already."""
     return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
+def own_floats(tensor: Tensor | None) -> Tensor | None:
+    """`floats`, but always a copy: what a layout keeps is nothing that is stored."""
+    return None if tensor is None else tensor.detach().to(torch.float32, copy=True).contiguous()
 
 
 def refuses_dtype(dtype: torch.dtype) -> str | None:
@@ -41,26 +50,28 @@ def check(status: int, what: str) -> None:
         raise MemoryError(f"{what}: no memory for work space")
 
 
-def few_tokens(
-    function: Callable[..., int], x: Tensor, rows: int, bias: Tensor | None, *rest: Any
-) -> Tensor:
-    """x (..., columns) @ W.T + bias, one token at a time: function(x, y, tokens, *rest, threads).
+_NUMBER, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 
-    Computed and summed in float32, rounded to the dtype of x once.
+
+def few_tokens(
+    name: str, matrix: ctypes.Structure, x: Tensor, rows: int, bias: Tensor | None
+) -> Tensor:
+    """x (..., columns) @ W.T + bias without decoding W; summed in float32 and rounded once.
+
+    `name`: of the C function (matrix, dtype, x, bias, y, tokens, threads) of a format.
     """
-    flat = x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
-    y = torch.empty((flat.shape[0], rows), dtype=torch.float32)
-    arguments = [
-        ctypes.c_int64(a) if isinstance(a, int) and not isinstance(a, bool) else a for a in rest
-    ]
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    bias = floats(bias)
+    function = cpu_build.function(
+        name, _ADDRESS, ctypes.c_int, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER
+    )
     status = function(
-        ctypes.c_void_p(flat.data_ptr()), ctypes.c_void_p(y.data_ptr()),
-        ctypes.c_int64(flat.shape[0]), *arguments, ctypes.c_int64(torch.get_num_threads()),
+        ctypes.byref(matrix), DTYPES[x.dtype], x.data_ptr(), pointer(bias), y.data_ptr(),
+        x.numel() // x.shape[-1], torch.get_num_threads(),
     )  # fmt: skip
-    check(status, "few tokens")
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], rows)
+    check(status, name)
+    return y
 
 
 def by_blocks(

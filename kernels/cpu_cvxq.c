@@ -142,6 +142,15 @@ EXPORT int hf_vq_cvxq_product(const cvxq_t *w, const void *x, void *y, i64 token
     return product(&task, threads);
 }
 
+/* Up to how many tokens hf_vq_cvxq_linear is the faster way. */
+EXPORT i64 hf_vq_cvxq_most_tokens(void) {
+#ifdef HF_VQ_VBMI
+    return 9;
+#else
+    return 5;
+#endif
+}
+
 /* y (tokens, rows) = x (tokens, columns) @ W.T + bias, of one dtype, token by token. `perm`: which row
  * of y is where in the order of the clusters, of 2 bytes (unsigned) or 4, or NULL. `bias` is in the
  * order of y. Returns 0, 1 without memory, 2 for rows beyond the matrix. */
@@ -150,7 +159,7 @@ EXPORT int hf_vq_cvxq_linear(const cvxq_t *w, int dtype, const void *x, const fl
     float *entries = allocate(w->columns * 4), *sums = allocate(w->rows * 8);
     float *line = sums + w->rows;
     int failed = !entries || !sums;
-    threads = smaller(threads, 1 + w->rows * w->columns / 65536); /* starting one takes time */
+    threads = threads_for(w->rows, w->columns, threads);
     for (i64 i = 0; i < tokens && !failed; i++) {
         load(x, i * w->columns, dtype, entries, w->columns);
         task_t task = {w, entries, sums, NULL, dtype, 0, 0};
@@ -163,10 +172,7 @@ EXPORT int hf_vq_cvxq_linear(const cvxq_t *w, int dtype, const void *x, const fl
                 else line[row] = sums[r];
             }
         }
-        float *result = perm ? line : sums;
-        if (bias)
-            for (i64 r = 0; r < w->rows; r++) result[r] += bias[r];
-        store(y, i * w->rows, dtype, result, w->rows);
+        store_sums(y, i * w->rows, dtype, perm ? line : sums, bias, w->rows);
     }
     free(entries);
     free(sums);

@@ -7,14 +7,12 @@ cluster by depth with where their codes start and their scales, is a layout (lay
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import Any
 
 import torch
 from hf_vq_kernels import cpu_build
 from hf_vq_kernels.cpu_common import (
     DTYPES,
-    FEW_TOKENS,
     by_blocks,
     check,
     floats,
@@ -150,15 +148,13 @@ def _decode(layout: _Layout, row: int, n: int, tile: Tensor) -> None:
     check(status, "hf_vq::cvxq")
 
 
-@functools.cache
 def _few() -> Any:
     """The C function of a few tokens, which takes plain numbers."""
-    function = cpu_build.library().hf_vq_cvxq_linear
     address, number, many = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    function.argtypes = (
-        ctypes.POINTER(_Layout), number, address, address, address, number, address, many, many
+    return cpu_build.function(
+        "hf_vq_cvxq_linear", ctypes.POINTER(_Layout), number, address, address, address, number,
+        address, many, many,
     )  # fmt: skip
-    return function
 
 
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
@@ -167,7 +163,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     layout, words = _layout(packed, x.shape[-1], geometry, keep=True)
     rows = geometry[0]
     tokens = x.numel() // x.shape[-1]
-    if tokens < FEW_TOKENS:
+    if tokens <= cpu_build.library().hf_vq_cvxq_most_tokens():
         x = x.contiguous()
         y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
         bias = floats(bias)

@@ -39,10 +39,24 @@ INLINE void copy_bytes(const float *table, const uint8_t *bytes, i64 n, i64 each
     for (i64 i = 0; i < n; i++) memcpy(out + i * each, table + bytes[i] * each, (size_t)each * 4);
 }
 
+/* Columns column .. column + k - 1 of a row, times the scales of their blocks. */
+static void scale_row(const gptvq_t *w, const float *table, i64 row, i64 column, i64 k, float *out) {
+    i64 B = w->scale_block, first = column / B, end = ceil_div(column + k, B);
+    float scales[PRODUCT_COLUMNS + 1];
+    expand_scales(w, table, row, first, end, scales - first);
+    for (i64 t = first, i = 0, stop; t < end; t++) {
+        float scale = scales[t - first];
+        stop = smaller((t + 1) * B - column, k);
+        for (; i + 16 <= stop; i += 16) /* one register or two, no loop of its own */
+            for (i64 j = 0; j < 16; j++) out[i + j] *= scale;
+        for (; i < stop; i++) out[i] *= scale;
+    }
+}
+
 /* Rows row .. row + n - 1 of one group, columns of one stripe; see product_t. Through a table of
- * bytes where that saves more than it costs. */
-static void decode_piece(const gptvq_t *w, const float *books, i64 row, i64 n, i64 column, i64 k,
-                         float *out, i64 stride, float *table) {
+ * bytes where that saves more than it costs. `scales`: scale_table, or NULL. */
+static void decode_piece(const gptvq_t *w, const float *books, const float *scales, i64 row, i64 n,
+                         i64 column, i64 k, float *out, i64 stride, float *table) {
     i64 d = w->vector_dim, vectors = ceil_div(w->columns, d), first = column / d, m = ceil_div(k, d);
     int bits = bits_of(w->num_centroids);
     i64 words = ceil_div(vectors * bits, 32), each = floats_of_byte(w);
@@ -59,6 +73,7 @@ static void decode_piece(const gptvq_t *w, const float *books, i64 row, i64 n, i
             case 8: copy_bytes(from, bytes, count, 8, out); break;
             default: copy_bytes(from, bytes, count, 16, out);
             }
+            if (scales) scale_row(w, scales, row + r, column, k, out);
         }
         return;
     }
@@ -71,6 +86,7 @@ static void decode_piece(const gptvq_t *w, const float *books, i64 row, i64 n, i
         case 4: copy_entries(books, codes, m, 4, out); break;
         default: copy_entries(books, codes, m, 8, out);
         }
+        if (scales) scale_row(w, scales, row + r, column, k, out);
     }
 }
 
@@ -87,20 +103,10 @@ static void decode_block(const void *matrix, i64 row, i64 n, i64 column, i64 k, 
         for (i64 r = row, stop; r < row + n; r = stop) {
             i64 group = r / w->group_rows;
             stop = smaller((group + 1) * w->group_rows, row + n);
-            decode_piece(w, codebook(w, stripe, group, room), r, stop - r, j, next - j,
-                         out + (r - row) * stride + j - column, stride, table);
+            decode_piece(w, codebook(w, stripe, group, room), w->scale_block ? task->scales : NULL, r,
+                         stop - r, j, next - j, out + (r - row) * stride + j - column, stride, table);
         }
     }
-    if (!w->scale_block) return;
-    i64 blocks = ceil_div(w->columns, w->scale_block), words = ceil_div(blocks * 4, 32);
-    for (i64 r = 0; r < n; r++, out += stride)
-        for (i64 j = column; j < end; j = next) {
-            i64 t = j / w->scale_block;
-            const uint32_t *codes = (const uint32_t *)w->scale_codes + (row + r) * words;
-            float scale = task->scales[16 * t + (codes[t / 8] >> t % 8 * 4 & 15)];
-            next = smaller((t + 1) * w->scale_block, end);
-            for (i64 i = j - column; i < next - column; i++) out[i] *= scale;
-        }
 }
 
 static i64 scratch_bytes(const gptvq_t *w) {
@@ -115,22 +121,35 @@ static float *scales_of(const gptvq_t *w, int exact) {
 
 /* Up to how many tokens hf_vq_gptvq_linear is the faster way. */
 EXPORT i64 hf_vq_gptvq_most_tokens(const gptvq_t *w) {
-    return vbmi_suits(w) ? 5 : avx2_suits(w) ? 6 : table_suits(w) ? 3 : 0;
+    if (vbmi_suits(w)) return w->scale_block ? 28 : 20;
+    return avx2_suits(w) ? 6 : table_suits(w) ? (w->scale_block ? 2 : 3) : 0;
 }
 
-/* y (tokens, rows) = x (tokens, columns) @ W.T, both float. `planes`: bytes that x may be rounded
- * to, 2 (16 bits of the largest of a few columns) or 3. For hf_vq_gptvq_most_tokens at most.
- * Returns 0, or 1 without memory. */
-EXPORT int hf_vq_gptvq_linear(const gptvq_t *w, const float *x, float *y, i64 tokens, int planes,
-                              i64 threads) {
+/* y (tokens, rows) = x (tokens, columns) @ W.T + bias, both of the dtype, without decoding W; for
+ * hf_vq_gptvq_most_tokens at most. Returns 0, or 1 without memory. */
+EXPORT int hf_vq_gptvq_linear(const gptvq_t *w, int dtype, const void *x, const float *bias, void *y,
+                              i64 tokens, i64 threads) {
     float *scales = scales_of(w, 0);
-    int failed = !scales;
+    i64 room = smaller(VBMI_TOKENS, tokens + 1);
+    float *line = allocate(room * w->columns * 4), *sums = allocate(room * w->rows * 4);
+    int failed = !scales || !line || !sums;
     int vbmi = vbmi_suits(w), avx2 = avx2_suits(w);
-    for (i64 i = 0; i < tokens && !failed; i++, x += w->columns, y += w->rows)
-        failed = vbmi   ? vbmi_linear(w, scales, x, y, planes, threads)
-                 : avx2 ? avx2_linear(w, scales, x, y, planes, threads)
-                        : table_linear(w, scales, x, y, threads);
+    int planes = dtype == FLOAT32 ? 3 : 2; /* bytes of x: far finer than it came in */
+    threads = threads_for(w->rows, w->columns, threads);
+    for (i64 i = 0, n; i < tokens && !failed; i += n) {
+        i64 at_once = vbmi ? vbmi_at_once(w, tokens - i, planes) : 1;
+        n = smaller(at_once, tokens - i);
+        load(x, i * w->columns, dtype, line, n * w->columns);
+        memset(line + n * w->columns, 0, (size_t)((at_once - n) * w->columns) * 4);
+        failed = vbmi   ? vbmi_linear(w, scales, line, sums, at_once, planes, threads)
+                 : avx2 ? avx2_linear(w, scales, line, sums, planes, threads)
+                        : table_linear(w, scales, line, sums, threads);
+        for (i64 t = 0; t < n; t++)
+            store_sums(y, (i + t) * w->rows, dtype, sums + t * w->rows, bias, w->rows);
+    }
     free(scales);
+    free(line);
+    free(sums);
     return failed;
 }
 

@@ -76,13 +76,12 @@ INLINE __m256i shuffled_codes(const uint8_t *from, i64 bytes, const int bits) {
                            _mm256_and_si256(odd, _mm256_set1_epi16(0x3f00)));
 }
 
-INLINE void shuffled_rows(const avx2_t *task, const __m256i *tables, i64 row, i64 n, i64 group,
-                          const i64 D, const int bits, const i64 X) {
+INLINE void shuffled_rows(const avx2_t *task, const __m256i *tables, const float *scales, i64 row, i64 n,
+                          i64 group, const i64 D, const int bits, const i64 X) {
     const gptvq_t *w = task->w;
     const i64 T = bits == 4 ? 1 : 4;
     i64 stride = ceil_div(ceil_div(w->columns, D) * bits, 32) * 4;
-    i64 blocks = w->scale_block ? ceil_div(w->columns, w->scale_block) : 0;
-    i64 words = ceil_div(blocks * 4, 32), groups = ceil_div(w->rows, w->group_rows);
+    i64 groups = ceil_div(w->rows, w->group_rows);
     const __m256i ones = _mm256_set1_epi16(1), base = _mm256_set1_epi16(128);
     __m256 sums[SHUFFLED_ROWS];
     for (i64 i = 0; i < n; i++) sums[i] = _mm256_setzero_ps();
@@ -120,15 +119,9 @@ INLINE void shuffled_rows(const avx2_t *task, const __m256i *tables, i64 row, i6
             }
             __m256 total = _mm256_cvtepi32_ps(low), factor = _mm256_set1_ps(scale);
             if (X == 3) total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), _mm256_set1_ps(16384), total);
-            if (blocks) {
-                const uint32_t *stream = (const uint32_t *)w->scale_codes + (row + i) * words;
-                float of_block[8];
-                for (i64 b = 0; b < 8; b++) {
-                    i64 t = smaller(segment->first_block + b, blocks - 1);
-                    of_block[b] = task->scales[16 * t + (stream[t / 8] >> t % 8 * 4 & 15)];
-                    if ((b + 1) * w->scale_block >= SHUFFLED * D + w->scale_block) break;
-                }
-                __m256 by_lane = _mm256_permutevar8x32_ps(_mm256_loadu_ps(of_block), segment->block);
+            if (scales) {
+                const float *of_row = scales + i * scale_stride(w) + segment->first_block;
+                __m256 by_lane = _mm256_permutevar8x32_ps(_mm256_loadu_ps(of_row), segment->block);
                 factor = _mm256_mul_ps(factor, by_lane);
             }
             sums[i] = _mm256_fmadd_ps(total, factor, sums[i]);
@@ -141,11 +134,11 @@ INLINE void shuffled_rows(const avx2_t *task, const __m256i *tables, i64 row, i6
     }
 }
 
-typedef void (*shuffled_rows_t)(const avx2_t *, const __m256i *, i64, i64, i64);
+typedef void (*shuffled_rows_t)(const avx2_t *, const __m256i *, const float *, i64, i64, i64);
 #define SHUFFLED_SHAPE(D, BITS, X)                                                                 \
-    static void shuffled_##D##_##BITS##_##X(const avx2_t *task, const __m256i *tables, i64 row,    \
-                                            i64 n, i64 group) {                                    \
-        shuffled_rows(task, tables, row, n, group, D, BITS, X);                                    \
+    static void shuffled_##D##_##BITS##_##X(const avx2_t *task, const __m256i *tables,             \
+                                            const float *scales, i64 row, i64 n, i64 group) {      \
+        shuffled_rows(task, tables, scales, row, n, group, D, BITS, X);                            \
     }
 #define SHUFFLED_SHAPES(D)                                                                         \
     SHUFFLED_SHAPE(D, 4, 2) SHUFFLED_SHAPE(D, 4, 3) SHUFFLED_SHAPE(D, 6, 2) SHUFFLED_SHAPE(D, 6, 3)
@@ -162,11 +155,12 @@ static int avx2_rows_of_thread(const void *context, i64 thread, i64 threads) {
     i64 groups = ceil_div(w->rows, w->group_rows), stripes = ceil_div(w->columns, w->group_columns);
     i64 size = stripes * d * T * 32;
     uint8_t *tables = allocate(size);
-    if (!tables) return 1;
-    memset(tables, 128, (size_t)size);
+    float *scales = allocate(SHUFFLED_ROWS * scale_stride(w) * 4);
+    int failed = !tables || !scales;
+    if (!failed) memset(tables, 128, (size_t)size);
     shuffled_rows_t compute = shuffled_shapes[bits_of(d)][T / 4][task->planes - 2];
     i64 low = w->rows * thread / threads, high = w->rows * (thread + 1) / threads;
-    for (i64 row = low, n; row < high; row += n) {
+    for (i64 row = low, n; row < high && !failed; row += n) {
         i64 group = row / w->group_rows;
         n = smaller(smaller(SHUFFLED_ROWS, high - row), (group + 1) * w->group_rows - row);
         for (i64 s = 0; s < stripes && group != made; s++) {
@@ -178,10 +172,14 @@ static int avx2_rows_of_thread(const void *context, i64 thread, i64 threads) {
                 }
         }
         made = group;
-        compute(task, (const __m256i *)tables, row, n, group);
+        for (i64 i = 0; i < n && w->scale_block; i++)
+            expand_scales(w, task->scales, row + i, 0, ceil_div(w->columns, w->scale_block),
+                          scales + i * scale_stride(w));
+        compute(task, (const __m256i *)tables, w->scale_block ? scales : NULL, row, n, group);
     }
     free(tables);
-    return 0;
+    free(scales);
+    return failed;
 }
 
 /* Segment s: `codes` codes of x from column `first` on, rounded. */

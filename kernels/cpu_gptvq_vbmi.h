@@ -10,39 +10,45 @@
 #define HF_VQ_CPU_GPTVQ_VBMI_H
 #include "cpu_gptvq.h"
 
+enum { VBMI_TOKENS = 4 }; /* at once: a vector that is looked up serves all of them */
+
+/* How many tokens of `left` are best computed together: VBMI_TOKENS, the last of which may be zero,
+ * or 1. */
+static i64 vbmi_at_once(const gptvq_t *w, i64 left, int planes) {
+    return left >= VBMI_TOKENS - 1 && planes == 2 && w->vector_dim <= 4 ? VBMI_TOKENS : 1;
+}
+
 #ifndef HF_VQ_VBMI
 static int vbmi_suits(const gptvq_t *w) {
     (void)w;
     return 0;
 }
-static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, float *y, int planes,
-                       i64 threads) {
-    (void)w, (void)scales, (void)x, (void)y, (void)planes, (void)threads;
+static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, float *y, i64 tokens,
+                       int planes, i64 threads) {
+    (void)w, (void)scales, (void)x, (void)y, (void)tokens, (void)planes, (void)threads;
     return 1;
 }
 #else
 
-enum { BLOCK = 16, MOST_BLOCKS = 16 }; /* rows that use a table while it is at hand */
+enum { BLOCK = 16 }; /* rows that use a table while it is at hand */
 
 /* At most 64 codes of one stripe, or 32 of two rows. */
 typedef struct {
     i64 stripe, byte; /* of the row, where its codes start */
     i64 bytes;        /* of its codes */
-    float scale;      /* of the entries of x */
-    i64 first_block, num_blocks;
-    __mmask16 of_block[MOST_BLOCKS]; /* lanes */
-    __m512i nibble;                  /* per lane: the bit where its scale code starts */
-    __mmask16 second_word;
+    float scale[VBMI_TOKENS]; /* of the entries of x */
+    i64 first_block;
+    __m512i block; /* per lane: its scale block less first_block, and 16 more in a second row */
 } segment_t;
 
 typedef struct {
     const gptvq_t *w;
     const float *scales;
     segment_t *segments;
-    int8_t *x;     /* (segments, vector_dim, planes, 64) */
-    int32_t *init; /* (segments, planes, 16): what takes the bias of 128 off again */
-    float *y;
-    i64 num_segments, planes;
+    int8_t *x;     /* (segments, tokens, vector_dim, planes, 64) */
+    int32_t *init; /* (segments, tokens, planes, 16): what takes the bias of 128 off again */
+    float *y;      /* (tokens, rows) */
+    i64 num_segments, tokens, planes;
     int pair; /* two rows per register */
 } vbmi_t;
 
@@ -75,13 +81,12 @@ INLINE __m512i load_codes(const uint8_t *bytes, __mmask64 inside, int narrow) {
     return _mm512_zextsi256_si512(_mm256_maskz_loadu_epi8((__mmask32)inside, bytes));
 }
 
-INLINE void row_block(const vbmi_t *task, const __m512i *tables, i64 row, i64 n, i64 group,
-                      i64 groups, const i64 D, const i64 T, const i64 X) {
+/* Rows row .. row + n - 1, of one group, for N tokens: T registers per plane, X bytes of x. */
+INLINE void row_block(const vbmi_t *task, const __m512i *tables, const float *scales, i64 row, i64 n,
+                      i64 group, i64 groups, const i64 D, const i64 T, const i64 X, const i64 N) {
     const gptvq_t *w = task->w;
     int bits = bits_of(w->num_centroids);
     i64 stride = ceil_div(ceil_div(w->columns, w->vector_dim) * bits, 32) * 4;
-    i64 blocks = w->scale_block ? ceil_div(w->columns, w->scale_block) : 0;
-    i64 words = ceil_div(blocks * 4, 32);
     __m512i fields, picks;
     {
         uint8_t field[64], pick[64];
@@ -94,20 +99,22 @@ INLINE void row_block(const vbmi_t *task, const __m512i *tables, i64 row, i64 n,
         picks = _mm512_loadu_si512(pick);
     }
     __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
-    __m512 sums[BLOCK];
-    for (i64 i = 0; i < n; i++) sums[i] = _mm512_setzero_ps();
+    __m512 sums[VBMI_TOKENS][BLOCK];
+    for (i64 i = 0; i < n; i++)
+        for (i64 m = 0; m < N; m++) sums[m][i] = _mm512_setzero_ps();
     i64 step = task->pair ? 2 : 1;
     for (i64 s = 0; s < task->num_segments; s++) {
         const segment_t *segment = task->segments + s;
         const __m512i *stored = tables + segment->stripe * D * T;
-        __m512i table[8][4], init[3];
+        __m512i table[8][4], init[VBMI_TOKENS][3];
         for (i64 p = 0; p < D; p++)
             for (i64 q = 0; q < T; q++) table[p][q] = _mm512_load_si512(stored + p * T + q);
-        for (i64 k = 0; k < X; k++)
-            init[k] = _mm512_load_si512(task->init + (s * X + k) * 16);
-        float scale = segment->scale;
-        if (w->book_scales) scale *= w->book_scales[segment->stripe * groups + group];
-        const int8_t *x = task->x + s * D * X * 64;
+        for (i64 m = 0; m < N; m++)
+            for (i64 k = 0; k < X; k++)
+                init[m][k] = _mm512_load_si512(task->init + ((s * N + m) * X + k) * 16);
+        float book_scale = 1;
+        if (w->book_scales) book_scale = w->book_scales[segment->stripe * groups + group];
+        const int8_t *x = task->x + s * N * D * X * 64;
         __mmask64 inside = first_bytes(segment->bytes);
         int narrow = segment->bytes <= 32;
         const uint8_t *bytes = (const uint8_t *)w->indices + row * stride + segment->byte;
@@ -129,8 +136,9 @@ INLINE void row_block(const vbmi_t *task, const __m512i *tables, i64 row, i64 n,
             if (bits < 8)
                 codes = _mm512_and_si512(_mm512_multishift_epi64_epi8(fields, codes), mask);
             __mmask64 upper = T == 4 ? _mm512_movepi8_mask(codes) : 0;
-            __m512i sum[3];
-            for (i64 k = 0; k < X; k++) sum[k] = init[k];
+            __m512i sum[VBMI_TOKENS][3];
+            for (i64 m = 0; m < N; m++)
+                for (i64 k = 0; k < X; k++) sum[m][k] = init[m][k];
             for (i64 p = 0; p < D; p++) {
                 __m512i value;
                 if (T == 1) {
@@ -142,59 +150,53 @@ INLINE void row_block(const vbmi_t *task, const __m512i *tables, i64 row, i64 n,
                             value, upper,
                             _mm512_permutex2var_epi8(table[p][2], codes, table[p][3]));
                 }
-                for (i64 k = 0; k < X; k++)
-                    sum[k] = _mm512_dpbusd_epi32(sum[k], value,
-                                                 _mm512_load_si512(x + (p * X + k) * 64));
+                for (i64 m = 0; m < N; m++)
+                    for (i64 k = 0; k < X; k++)
+                        sum[m][k] = _mm512_dpbusd_epi32(
+                            sum[m][k], value, _mm512_load_si512(x + ((m * D + p) * X + k) * 64));
             }
-            __m512 total = _mm512_cvtepi32_ps(sum[X - 1]);
-            for (i64 k = X - 2; k >= 0; k--)
-                total = _mm512_fmadd_ps(total, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum[k]));
-            __m512 factor = _mm512_set1_ps(scale);
-            if (blocks) {
-                const int32_t *at = w->scale_codes + (row + i) * words + segment->first_block / 8;
-                i64 next = segment->second_word ? 1 : 0;
-                __m512i code = _mm512_mask_set1_epi32(_mm512_set1_epi32(at[0]),
-                                                      segment->second_word, at[next]);
-                if (both) {
-                    at += words;
-                    __m512i below = _mm512_mask_set1_epi32(_mm512_set1_epi32(at[0]),
-                                                           segment->second_word, at[next]);
-                    code = _mm512_mask_mov_epi32(code, 0xff00, below);
-                }
-                code = _mm512_srlv_epi32(code, segment->nibble);
-                __m512 of_row = _mm512_setzero_ps();
-                const float *powers = task->scales + segment->first_block * 16;
-                for (i64 t = 0; t < segment->num_blocks; t++)
-                    of_row = _mm512_mask_permutexvar_ps(of_row, segment->of_block[t], code,
-                                                        _mm512_loadu_ps(powers + 16 * t));
-                factor = _mm512_mul_ps(factor, of_row);
+            __m512 factor = _mm512_set1_ps(book_scale);
+            if (scales) {
+                const float *of_row = scales + i * scale_stride(w) + segment->first_block;
+                __m512 first = _mm512_loadu_ps(of_row);
+                __m512 second = both ? _mm512_loadu_ps(of_row + scale_stride(w)) : first;
+                __m512 by_lane = _mm512_permutex2var_ps(first, segment->block, second);
+                factor = _mm512_mul_ps(factor, by_lane);
             }
-            sums[i] = _mm512_fmadd_ps(total, factor, sums[i]);
+            for (i64 m = 0; m < N; m++) {
+                __m512 total = _mm512_cvtepi32_ps(sum[m][X - 1]);
+                for (i64 k = X - 2; k >= 0; k--)
+                    total = _mm512_fmadd_ps(total, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum[m][k]));
+                total = _mm512_mul_ps(total, _mm512_set1_ps(segment->scale[m]));
+                sums[m][i] = _mm512_fmadd_ps(total, factor, sums[m][i]);
+            }
         }
     }
-    for (i64 i = 0; i < n; i += step) {
-        if (step == 2) {
-            task->y[row + i] = _mm512_reduce_add_ps(_mm512_maskz_mov_ps(0xff, sums[i]));
-            if (i + 1 < n)
-                task->y[row + i + 1] = _mm512_reduce_add_ps(_mm512_maskz_mov_ps(0xff00, sums[i]));
-        } else {
-            task->y[row + i] = _mm512_reduce_add_ps(sums[i]);
+    for (i64 m = 0; m < N; m++)
+        for (i64 i = 0; i < n; i += step) {
+            float *y = task->y + m * w->rows + row + i;
+            y[0] = _mm512_reduce_add_ps(_mm512_maskz_mov_ps(step == 2 ? 0xff : 0xffff, sums[m][i]));
+            if (i + 1 < n && step == 2)
+                y[1] = _mm512_reduce_add_ps(_mm512_maskz_mov_ps(0xff00, sums[m][i]));
         }
-    }
 }
 
-#define SHAPE(D, T, X)                                                                             \
-    static void row_block_##D##_##T##_##X(const vbmi_t *task, const __m512i *tables, i64 row,      \
-                                          i64 n, i64 group, i64 groups) {                          \
-        row_block(task, tables, row, n, group, groups, D, T, X);                                   \
+#define SHAPE(D, T, X, N)                                                                          \
+    static void row_block_##D##_##T##_##X##_##N(const vbmi_t *task, const __m512i *tables,         \
+                                                const float *scales, i64 row, i64 n, i64 group,    \
+                                                i64 groups) {                                      \
+        row_block(task, tables, scales, row, n, group, groups, D, T, X, N);                        \
     }
-#define SHAPES(D) SHAPE(D, 1, 2) SHAPE(D, 1, 3) SHAPE(D, 2, 2) SHAPE(D, 2, 3) SHAPE(D, 4, 2) SHAPE(D, 4, 3)
-SHAPES(1) SHAPES(2) SHAPES(4) SHAPES(8)
-typedef void (*row_block_t)(const vbmi_t *, const __m512i *, i64, i64, i64, i64);
-#define NAMES(D)                                                                                   \
-    {{row_block_##D##_1_2, row_block_##D##_1_3}, {row_block_##D##_2_2, row_block_##D##_2_3},       \
-     {row_block_##D##_4_2, row_block_##D##_4_3}}
-static const row_block_t row_blocks[4][3][2] = {NAMES(1), NAMES(2), NAMES(4), NAMES(8)};
+#define SHAPES(D, X, N) SHAPE(D, 1, X, N) SHAPE(D, 2, X, N) SHAPE(D, 4, X, N)
+SHAPES(1, 2, 1) SHAPES(2, 2, 1) SHAPES(4, 2, 1) SHAPES(8, 2, 1)
+SHAPES(1, 3, 1) SHAPES(2, 3, 1) SHAPES(4, 3, 1) SHAPES(8, 3, 1)
+SHAPES(1, 2, 4) SHAPES(2, 2, 4) SHAPES(4, 2, 4)
+typedef void (*row_block_t)(const vbmi_t *, const __m512i *, const float *, i64, i64, i64, i64);
+#define NAMES(D, X, N) {row_block_##D##_1_##X##_##N, row_block_##D##_2_##X##_##N, row_block_##D##_4_##X##_##N}
+static const row_block_t row_blocks[2][4][3] = {
+    {NAMES(1, 2, 1), NAMES(2, 2, 1), NAMES(4, 2, 1), NAMES(8, 2, 1)},
+    {NAMES(1, 3, 1), NAMES(2, 3, 1), NAMES(4, 3, 1), NAMES(8, 3, 1)}};
+static const row_block_t row_blocks_4[3][3] = {NAMES(1, 2, 4), NAMES(2, 2, 4), NAMES(4, 2, 4)};
 
 static int vbmi_rows_of_thread(const void *context, i64 thread, i64 threads) {
     const vbmi_t *task = context;
@@ -202,11 +204,13 @@ static int vbmi_rows_of_thread(const void *context, i64 thread, i64 threads) {
     i64 d = w->vector_dim, k = w->num_centroids, T = k <= 64 ? 1 : k <= 128 ? 2 : 4;
     i64 groups = ceil_div(w->rows, w->group_rows), stripes = ceil_div(w->columns, w->group_columns);
     __m512i *tables = allocate(stripes * d * T * 64);
-    if (!tables) return 1;
-    row_block_t compute = row_blocks[bits_of(d)][T / 2][task->planes - 2];
+    float *scales = allocate(BLOCK * scale_stride(w) * 4);
+    int failed = !tables || !scales;
+    row_block_t compute = task->tokens == 1 ? row_blocks[task->planes - 2][bits_of(d)][T / 2]
+                                            : row_blocks_4[bits_of(d)][T / 2];
     const __m512i bias = _mm512_set1_epi8((char)128);
     i64 low = w->rows * thread / threads, high = w->rows * (thread + 1) / threads, made = -1;
-    for (i64 row = low; row < high;) {
+    for (i64 row = low; row < high && !failed;) {
         i64 group = row / w->group_rows;
         i64 n = smaller(smaller(BLOCK, high - row), (group + 1) * w->group_rows - row);
         if (group != made) {
@@ -221,15 +225,19 @@ static int vbmi_rows_of_thread(const void *context, i64 thread, i64 threads) {
                 }
             made = group;
         }
-        compute(task, tables, row, n, group, groups);
+        for (i64 i = 0; i < n && w->scale_block; i++)
+            expand_scales(w, task->scales, row + i, 0, ceil_div(w->columns, w->scale_block),
+                          scales + i * scale_stride(w));
+        compute(task, tables, w->scale_block ? scales : NULL, row, n, group, groups);
         row += n;
     }
     free(tables);
-    return 0;
+    free(scales);
+    return failed;
 }
 
-/* The columns of segment s, rounded: its bytes of x, their sums and their scale. */
-static void round_x(vbmi_t *task, const float *x, i64 s, i64 first, i64 codes) {
+/* The columns of segment s of token m, rounded: its bytes of x, their sums and their scale. */
+static void round_x(vbmi_t *task, const float *x, i64 s, i64 m, i64 first, i64 codes) {
     const gptvq_t *w = task->w;
     i64 d = w->vector_dim, n = smaller(codes * d, w->columns - first), planes = task->planes;
     float largest = 0;
@@ -243,7 +251,7 @@ static void round_x(vbmi_t *task, const float *x, i64 s, i64 first, i64 codes) {
     float most = planes == 2 ? 32639.f : 8355000.f; /* 127 or less in every byte, after rounding */
     float unit = finite && largest > most * 1e-38f ? most / largest : 0;
     /* too small for a unit: nothing beside any weight */
-    task->segments[s].scale = finite ? (unit > 0 ? largest / most : 0) : NAN;
+    task->segments[s].scale[m] = finite ? (unit > 0 ? largest / most : 0) : NAN;
     for (i64 j = 0; j < n; j++) {
         int32_t value = unit > 0 ? (int32_t)rintf(x[j] * unit) : 0;
         for (i64 k = 0; k < 3; k++) {
@@ -257,11 +265,12 @@ static void round_x(vbmi_t *task, const float *x, i64 s, i64 first, i64 codes) {
         for (i64 p = 0; p < d; p++) {
             __m512i part = plane_of(bytes[k], n, d, p);
             if (task->pair) part = _mm512_inserti64x4(part, _mm512_castsi512_si256(part), 1);
-            _mm512_store_si512(task->x + ((s * d + p) * planes + k) * 64, part);
+            i64 at = ((s * task->tokens + m) * d + p) * planes + k;
+            _mm512_store_si512(task->x + at * 64, part);
             sum = _mm512_dpbusd_epi32(sum, bias, part);
         }
         sum = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
-        _mm512_store_si512(task->init + (s * planes + k) * 16, sum);
+        _mm512_store_si512(task->init + ((s * task->tokens + m) * planes + k) * 16, sum);
     }
 }
 
@@ -270,30 +279,25 @@ static int vbmi_suits(const gptvq_t *w) {
     i64 d = w->vector_dim, bits = bits_of(w->num_centroids), B = w->scale_block;
     i64 stripes = ceil_div(w->columns, w->group_columns), vectors = ceil_div(w->columns, d);
     i64 per_stripe = stripes == 1 ? vectors : w->group_columns / d;
-    i64 each = per_stripe <= 32 ? 32 : 64;
     if (!w->books8 || bits > 8 || bits < 1 || (stripes > 1 && per_stripe * bits % 8)) return 0;
     if (!B) return 1;
-    if (B % (4 * d) || (stripes > 1 && per_stripe % 4) || (16 * 4 * d) / B > MOST_BLOCKS - 2) return 0;
-    for (i64 stripe = 0; stripe < stripes; stripe++) /* scale codes of a segment: two words at most */
-        for (i64 v = stripe * per_stripe; v < smaller((stripe + 1) * per_stripe, vectors); v += each) {
-            i64 last = smaller((v + each - 1) * d, w->columns - 1) / B;
-            if (last / 8 > v * d / B / 8 + 1) return 0;
-        }
-    return 1;
+    /* a lane of sums, four codes, is in one block, and those of a register in 16 at most */
+    return B % (4 * d) == 0 && (stripes == 1 || per_stripe % 4 == 0) && 64 * d / B <= 14;
 }
 
-/* y = W x for one vector, if vbmi_suits(w). Returns 0, or 1 without memory. */
-static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, float *y, int planes,
-                       i64 threads) {
+/* y (tokens, rows) = x (tokens, columns) @ W.T, if vbmi_suits(w), for as many tokens as vbmi_at_once
+ * says. Returns 0, or 1 without memory. */
+static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, float *y, i64 tokens,
+                       int planes, i64 threads) {
     i64 d = w->vector_dim, bits = bits_of(w->num_centroids), B = w->scale_block;
     i64 stripes = ceil_div(w->columns, w->group_columns), vectors = ceil_div(w->columns, d);
     i64 per_stripe = stripes == 1 ? vectors : w->group_columns / d;
-    vbmi_t task = {w, scales, NULL, NULL, NULL, y, 0, planes, per_stripe <= 32};
+    vbmi_t task = {w, scales, NULL, NULL, NULL, y, 0, tokens, planes, per_stripe <= 32};
     i64 each = task.pair ? 32 : 64;
     i64 most = stripes * ceil_div(per_stripe, each);
     task.segments = allocate(most * (i64)sizeof(segment_t));
-    task.x = allocate(most * d * planes * 64);
-    task.init = allocate(most * planes * 64);
+    task.x = allocate(most * tokens * d * planes * 64);
+    task.init = allocate(most * tokens * planes * 64);
     int failed = !task.segments || !task.x || !task.init;
     i64 s = 0;
     for (i64 stripe = 0; stripe < stripes && !failed; stripe++) {
@@ -304,23 +308,15 @@ static int vbmi_linear(const gptvq_t *w, const float *scales, const float *x, fl
             segment->stripe = stripe;
             segment->byte = v * bits / 8;
             segment->bytes = ceil_div(codes * bits, 8);
-            round_x(&task, x, s, column, codes);
-            segment->num_blocks = 0;
-            if (!B) continue;
-            i64 blocks = ceil_div(w->columns, B), first = column / B;
-            int32_t nibble[16];
-            segment->first_block = first;
-            segment->second_word = 0;
-            memset(segment->of_block, 0, sizeof segment->of_block);
-            for (int lane = 0; lane < 16; lane++) {
-                i64 group = task.pair ? lane & 7 : lane;
-                i64 block = smaller((column + group * 4 * d) / B, blocks - 1);
-                segment->of_block[block - first] |= (__mmask16)(1u << lane);
-                if (block - first >= segment->num_blocks) segment->num_blocks = block - first + 1;
-                if (block / 8 != first / 8) segment->second_word |= (__mmask16)(1u << lane);
-                nibble[lane] = (int32_t)(block % 8 * 4);
+            for (i64 m = 0; m < tokens; m++)
+                round_x(&task, x + m * w->columns, s, m, column, codes);
+            segment->first_block = B ? column / B : 0;
+            int32_t block[16] = {0};
+            for (int lane = 0; lane < 16 && B; lane++) {
+                i64 last = smaller(column + (task.pair ? lane & 7 : lane) * 4 * d, w->columns - 1);
+                block[lane] = (int32_t)(last / B - segment->first_block) + (task.pair ? lane & 8 : 0) * 2;
             }
-            segment->nibble = _mm512_loadu_si512(nibble);
+            segment->block = _mm512_loadu_si512(block);
         }
     }
     task.num_segments = s;

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 from hf_vq_kernels.bits import unpack_bits
-from hf_vq_kernels.cpu_common import FEW_TOKENS, refuses_dtype
+from hf_vq_kernels.cpu_common import refuses_dtype
 from hf_vq_kernels.cvxq_reference import expand_location, expand_scales, row_numbers
 from hf_vq_kernels.dispatch import Backend
 from hf_vq_kernels.levels import level_table_on
 from hf_vq_kernels.reference import expand_codebooks
 from hf_vq_kernels.reference import expand_scales as expand_row_scales
 from torch import Tensor
+
+FEW_TOKENS = 6
+"""Fewer are multiplied; more take a decoded weight."""
 
 
 def _unavailable() -> str | None:

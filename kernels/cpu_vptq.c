@@ -4,20 +4,9 @@
  * entries of the codebook, padded to `width` floats, are loaded, multiplied by an entry of x and
  * summed in registers. Codebooks up to some thousand entries stay in the first two caches. */
 #include "cpu_product.h"
+#include "cpu_vptq_vnni.h"
 
-typedef struct {
-    const int32_t *indices;          /* (groups, blocks, words) */
-    const float *books, *res_books;  /* (groups, K or R, width), res_books or NULL */
-    const uint16_t *half_books;      /* for hf_vq_vptq_linear: as float16, width 8, not `books`; or NULL */
-    const int16_t *outlier_indices;  /* (outlier_blocks, outliers), or NULL */
-    const float *outlier_books;      /* (K0, outlier_width) */
-    const int16_t *perm;             /* (columns,), or NULL */
-    const float *scale, *offset;     /* one per column, or per row with norm_rows, or NULL */
-    i64 rows, columns, groups, main_bits, res_bits, entries, res_entries;
-    i64 vector_dim, width, outliers, outlier_dim, outlier_width, norm_rows;
-} vptq_t;
-
-enum { AT_ONCE = 4, CHUNK = 64, WIDEST = 16 };
+enum { AT_ONCE = 4, WIDEST = 16 };
 #if defined(__F16C__) && defined(__FMA__) && defined(__AVX2__)
 #define HALF_BOOKS 1
 #endif
@@ -48,10 +37,9 @@ INLINE i64 column_of(const vptq_t *w, i64 stored) {
 /* Offsets, in floats, of the main and the residual entries of columns first .. first + n - 1. */
 INLINE void offsets(const vptq_t *w, i64 group, i64 block, i64 first, i64 n, uint32_t *at,
                     uint32_t *res_at) {
-    i64 blocks = ceil_div(w->rows, w->vector_dim), per_group = (w->columns - w->outliers) / w->groups;
+    i64 words;
+    const uint32_t *stream = codes_of_block(w, group, block, &words);
     int bits = (int)(w->main_bits + w->res_bits);
-    i64 words = ceil_div(per_group * bits, 32);
-    const uint32_t *stream = (const uint32_t *)w->indices + (group * blocks + block) * words;
     int up = w->width == 4 ? 2 : w->width == 8 ? 3 : 4;
     unpack_to(stream, words, first, n, bits, w->res_books ? 0 : up, at);
     uint32_t mask = ((uint32_t)1 << w->main_bits) - 1, width = (uint32_t)w->width;
@@ -177,29 +165,62 @@ static int finish_of_thread(const void *context, i64 thread, i64 threads) {
     return 0;
 }
 
-/* y (tokens, rows) = x (tokens, columns) @ W.T, both float. Returns 0, or 1 without memory. */
-EXPORT int hf_vq_vptq_linear(const vptq_t *w, const float *x, float *y, i64 tokens, i64 threads) {
-    float *stored = allocate(w->columns * 4);
-    if (!stored) return 1;
-    int failed = 0;
-    for (i64 i = 0; i < tokens && !failed; i++, x += w->columns, y += w->rows) {
-        double shift = 0;
-        for (i64 p = 0; p < w->columns; p++) {
-            i64 j = column_of(w, p);
-            stored[p] = x[j];
-            if (w->scale && !w->norm_rows) {
-                stored[p] *= w->scale[j];
-                shift += (double)x[j] * w->offset[j];
-            } else {
-                shift += x[j];
-            }
+/* A token in stored order, times the norm's scales; returns the shift of task_t. */
+static float store_token(const vptq_t *w, const float *x, float *stored) {
+    double shift = 0;
+    for (i64 p = 0; p < w->columns; p++) {
+        i64 j = column_of(w, p);
+        stored[p] = x[j];
+        if (w->scale && !w->norm_rows) {
+            stored[p] *= w->scale[j];
+            shift += (double)x[j] * w->offset[j];
+        } else {
+            shift += x[j];
         }
-        task_t task = {w, stored, y, (float)shift, NULL, 0, 0, 0};
-        failed = parallel(product_of_thread, &task, threads);
-        if (!failed && (w->scale || w->outliers)) failed = parallel(finish_of_thread, &task, threads);
     }
+    return (float)shift;
+}
+
+/* y (tokens, rows) = x (tokens, columns) @ W.T + bias, both of the dtype, without decoding W.
+ * Returns 0, or 1 without memory. */
+EXPORT int hf_vq_vptq_linear(const vptq_t *w, int dtype, const void *x, const float *bias, void *y,
+                             i64 tokens, i64 threads) {
+    i64 at_once = w->books16 ? smaller(VNNI_TOKENS, tokens) : 1;
+    float *line = allocate(w->columns * 4), *stored = allocate(at_once * w->columns * 4);
+    float *sums = allocate(at_once * w->rows * 4), shift[VNNI_TOKENS];
+    int failed = !line || !stored || !sums;
+    threads = threads_for(w->rows, w->columns, threads);
+    for (i64 first = 0; first < tokens && !failed; first += at_once) {
+        i64 n = smaller(at_once, tokens - first);
+        for (i64 t = 0; t < n; t++) {
+            load(x, (first + t) * w->columns, dtype, line, w->columns);
+            shift[t] = store_token(w, line, stored + t * w->columns);
+        }
+        if (w->books16) failed = vnni_linear(w, stored, sums, n, threads);
+        for (i64 t = 0; t < n && !failed; t++) {
+            task_t task = {w, stored + t * w->columns, sums + t * w->rows, shift[t], NULL, 0, 0, 0};
+            if (!w->books16) failed = parallel(product_of_thread, &task, threads);
+            if (!failed && (w->scale || w->outliers)) failed = parallel(finish_of_thread, &task, threads);
+            store_sums(y, (first + t) * w->rows, dtype, task.y, bias, w->rows);
+        }
+    }
+    free(line);
     free(stored);
+    free(sums);
     return failed;
+}
+
+/* Up to how many tokens hf_vq_vptq_linear with `books16` is the faster way; 0: never. Beyond, decoded
+ * blocks are, whose decoding takes longest where entries are padded. */
+EXPORT i64 hf_vq_vptq_most_tokens16(i64 vector_dim, int residual) {
+#ifdef HF_VQ_VBMI
+    if (vector_dim > 8) return 0;
+    if (vector_dim > 4 && vector_dim < 8) return 24;
+    return vector_dim < 4 ? 8 : residual || vector_dim == 4 ? 12 : 16;
+#else
+    (void)vector_dim, (void)residual;
+    return 0;
+#endif
 }
 
 /* apart, so that no compiler makes one rounding of the two */

@@ -233,4 +233,4 @@ def _gradients(
     return out
 
 
-register_gradients("cvxq", 6, _gradients)
+register_gradients("cvxq", 6, _PACKED, _GEOMETRY, (2, 4), _gradients)

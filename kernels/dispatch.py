@@ -14,7 +14,8 @@ top. Example, in triton_gptvq.py:
 
 A backend computes with tensors as they are stored, keeps nothing between calls but what layouts.py
 can drop, raises nothing
-for arguments that it accepted, and leaves gradients to the operator. Arguments of "NAME_linear" are
+for arguments that it accepted, and leaves gradients to the operator, whose backward pass calls
+further operators (autograd.py). Arguments of "NAME_linear" are
 those of the schema, `(x, *packed, bias, *geometry)`; of "NAME_dequantize"
 `(*packed, in_features, *geometry, dtype)`.
 
@@ -62,7 +63,7 @@ class Backend:
     devices: tuple[str, ...]
     unavailable: Callable[[], Reason | None]
     refuses: Callable[..., Reason | None]
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
 
 
 # (module, a package it needs or "", what to call it where that package is missing); best first
@@ -134,11 +135,11 @@ class Explanation:
         return "\n".join(map(str, self.decisions)) or "no operator of hf_vq was called"
 
 
-def register_default(operator: str, function: Callable[..., Tensor]) -> None:
+def register_default(operator: str, function: Callable[..., Any]) -> None:
     """Make `function` the default of `hf_vq::{operator}`, and let its calls go through `run`."""
     _defaults[operator] = Backend(DEFAULT, operator, (), _nothing, _nothing, function)
 
-    def dispatched(*arguments: Any) -> Tensor:
+    def dispatched(*arguments: Any) -> Any:
         return run(operator, arguments)
 
     torch.library.impl(f"hf_vq::{operator}", "CompositeExplicitAutograd", dispatched)
@@ -223,7 +224,7 @@ def _is_plain(arguments: tuple[Any, ...]) -> bool:
     )
 
 
-def run(operator: str, arguments: tuple[Any, ...]) -> Tensor:
+def run(operator: str, arguments: tuple[Any, ...]) -> Any:
     """Compute `hf_vq::{operator}`, given the arguments of its schema by position.
 
     Raises RuntimeError where a forced backend cannot, and ValueError where no operator has it.
@@ -274,7 +275,7 @@ def run(operator: str, arguments: tuple[Any, ...]) -> Tensor:
 
 def _run_forced(
     entry: _Entry, device: str, arguments: tuple[Any, ...], decision: Decision | None
-) -> Tensor:
+) -> Any:
     backend = entry.backend
     reason = entry.why_not(device, arguments)
     if reason is not None:

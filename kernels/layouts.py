@@ -19,49 +19,44 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def _marks(tensors: tuple[Tensor, ...]) -> list[tuple[int, int]]:
+    """Where each tensor is, and how often it was changed (RuntimeError for inference tensors)."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
 class Layouts(Generic[T]):
-    """The layouts of one backend: at most one per storage of the first tensor."""
+    """The layouts of one backend: at most one per address of the first tensor."""
 
     def __init__(self, size: Callable[[T], int]) -> None:
         """`size(layout)`: its bytes, for `nbytes`."""
         self._size = size
-        self._kept: dict[int, tuple[list[Any], Hashable, T]] = {}
+        self._kept: dict[int, tuple[list[Any], Hashable, T, list[Any]]] = {}
         _ALL.append(self)
 
     def find(self, tensors: tuple[Tensor, ...], key: Hashable) -> T | None:
         """The layout kept for these tensors as they are now, and an equal `key`; or None."""
-        found = self._kept.get(id(tensors[0].untyped_storage()))
-        if found is None:
-            return None
-        marks, known, layout = found
-        if key != known or len(marks) != len(tensors):
+        found = self._kept.get(tensors[0].data_ptr())
+        if found is None or found[1] != key:
             return None
         try:
-            for (storage, version, offset), tensor in zip(marks, tensors, strict=True):
-                if (
-                    storage() is not tensor.untyped_storage()
-                    or version != tensor._version
-                    or offset != tensor.storage_offset()
-                ):
-                    return None
+            return found[2] if found[0] == _marks(tensors) else None
         except RuntimeError:  # an inference tensor, which has no version
             return None
-        return layout
 
     def keep(self, tensors: tuple[Tensor, ...], key: Hashable, layout: T) -> None:
         """Keep `layout` for `find`. Not where changes could not be noticed (inference tensors)."""
         if any(t.is_inference() or not t.is_contiguous() for t in tensors):
             return
-        number = id(tensors[0].untyped_storage())
+        address = tensors[0].data_ptr()
 
-        def drop(_: Any) -> None:
-            self._kept.pop(number, None)
+        def drop(dead: Any) -> None:
+            kept = self._kept.get(address)
+            if kept is not None and dead in kept[3]:
+                del self._kept[address]
 
-        marks: list[Any] = [
-            (weakref.ref(t.untyped_storage(), None if i else drop), t._version, t.storage_offset())
-            for i, t in enumerate(tensors)
-        ]
-        self._kept[number] = (marks, key, layout)
+        # while none of them has died, nothing else can be at their addresses
+        alive = [weakref.ref(t.untyped_storage(), drop) for t in tensors]
+        self._kept[address] = (_marks(tensors), key, layout, alive)
 
     def forget(self) -> None:
         """Drop all; they are made again where they are needed."""
@@ -69,7 +64,7 @@ class Layouts(Generic[T]):
 
     def nbytes(self) -> int:
         """Bytes of all that are kept."""
-        return sum(self._size(layout) for _, _, layout in list(self._kept.values()))
+        return sum(self._size(kept[2]) for kept in list(self._kept.values()))
 
 
 _ALL: list[Layouts[Any]] = []

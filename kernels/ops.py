@@ -228,7 +228,7 @@ def _codebook_gradients(
     geometry: tuple[Any, ...],
 ) -> list[Tensor | None]:
     """Gradients of the six packed tensors, given that of the dense weight (out, in)."""
-    indices, codebooks, codebook_scales, codebook_basis, scale_codes, scale_grid = packed
+    indices, codebooks, _, _, scale_codes, scale_grid = packed
     vector_dim, k, group_rows, group_columns, scale_block, log_scales = geometry
     shape = torch.Size((*codebooks.shape[:2], k, vector_dim))
     num_vectors = -(-grad_weight.shape[1] // vector_dim)
@@ -242,7 +242,15 @@ def _codebook_gradients(
     values = grad.new_zeros((shape.numel() // vector_dim, vector_dim))
     # int64: the CPU adds along int32 indices several times slower
     values = values.index_add_(0, flat.flatten().long(), grad.reshape(-1, vector_dim)).view(shape)
+    return stored_gradients(values, needed, packed)
 
+
+def stored_gradients(
+    values: Tensor, needed: tuple[bool, ...], packed: tuple[Any, ...]
+) -> list[Tensor | None]:
+    """Gradients of the six packed tensors, given that of the codebook values (S, G, k, d)."""
+    _, codebooks, codebook_scales, codebook_basis, *_ = packed
+    k, vector_dim = values.shape[2:]
     out: list[Tensor | None] = [None] * 6
     scaled = values
     if codebook_scales is not None:
@@ -261,4 +269,4 @@ def _codebook_gradients(
     return out
 
 
-register_gradients("gptvq", 6, _codebook_gradients)
+register_gradients("gptvq", 6, _PACKED, _GEOMETRY, (1, 2, 3), _codebook_gradients)

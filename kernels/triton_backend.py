@@ -3,7 +3,8 @@
 1 to 4 tokens: the method's `decode` (elementwise, one launch for most matrices). More: `product`,
 tiles of weights into tensor cores. From `DENSE_FROM` tokens on: the weight is decoded once, into
 the dtype of the activations, and multiplied by the vendor's library, which then wins: tiles would
-be decoded again for every 128 tokens.
+be decoded again for every 128 tokens. Gradients of codebooks and scales: triton_gradients.py; rows
+of tables: triton_embedding.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import triton
 from hf_vq_kernels.dispatch import Backend, forced_backend
 from hf_vq_kernels.triton_common import devices
+from hf_vq_kernels.triton_embedding import embedding
 from hf_vq_kernels.triton_product import Matrix, dequantize, product, transposed_product
 from torch import Tensor
 
@@ -32,6 +34,10 @@ DENSE_FROM_FLOAT32 = 33
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 Decode = Callable[[Tensor, Matrix, "Tensor | None"], Tensor]
+Gradients = Callable[
+    [Tensor, Tensor, "tuple[Tensor | None, ...]", "tuple[Any, ...]", "tuple[bool, ...]"],
+    "list[Tensor | None]",
+]
 
 
 def _unavailable() -> str | None:
@@ -59,12 +65,16 @@ def backends(
     matrix: Callable[..., Matrix],
     decode: Decode,
     check: Callable[..., str | None],
+    gradients: Gradients,
     arrange: Callable[[Tensor, Matrix], tuple[Tensor, Matrix]] | None = None,
+    by_row: Callable[[Matrix], Matrix] | None = None,
 ) -> tuple[Backend, ...]:
-    """The backends of `{name}_linear`, `{name}_dequantize` and `{name}_input_gradient`.
+    """The backends of all operators of method `name`.
 
     `matrix(*packed, in_features, *geometry)`; `check` of the same says what is wrong with them;
-    `arrange(x, matrix)` brings activations (tokens, in_features) into the stored order.
+    `gradients(grad, x, packed, geometry, needed)`: those of the packed tensors;
+    `arrange(x, matrix)` brings activations (tokens, in_features) into the stored order, and
+    `by_row(matrix)` the matrix into the form that its `some_rows` reads.
     """
 
     def why_not(values: Tensor, dtype: torch.dtype, arguments: tuple[Any, ...]) -> str | None:
@@ -122,21 +132,51 @@ def backends(
     def gradient_refuses(grad: Tensor, *arguments: Any) -> str | None:
         return why_not(grad, grad.dtype, arguments)
 
+    def packed_gradients(grad: Tensor, *arguments: Any) -> list[Tensor]:
+        packed, x = arguments[:num_packed], arguments[num_packed]
+        geometry, needed = arguments[num_packed + 1 : -1], tuple(arguments[-1])
+        tokens = grad.reshape(-1, grad.shape[-1]).contiguous()
+        if tokens.shape[0] == 0:
+            return [torch.zeros_like(t) for t, n in zip(packed, needed, strict=True) if n]
+        x = x.reshape(-1, x.shape[-1]).contiguous()
+        with torch.autocast(grad.device.type, enabled=False):
+            found = gradients(tokens, x, packed, geometry, needed)
+        return [gradient for gradient in found if gradient is not None]
+
+    def packed_gradients_refuses(grad: Tensor, *arguments: Any) -> str | None:
+        packed, x = arguments[:num_packed], arguments[num_packed]
+        geometry = arguments[num_packed + 1 : -1]
+        if x.dtype != grad.dtype:
+            return f"activations are {x.dtype}, their gradients {grad.dtype}"
+        return why_not(grad, grad.dtype, (*packed, x.shape[-1], *geometry))
+
+    def rows(ids: Tensor, *arguments: Any) -> Tensor:
+        weight = matrix(*arguments[:-1])
+        if by_row is not None:
+            weight = by_row(weight)
+        found = embedding(ids.flatten().contiguous(), weight, arguments[-1])
+        return found.view(*ids.shape, weight.in_features)
+
+    def rows_refuses(ids: Tensor, *arguments: Any) -> str | None:
+        return why_not(ids, arguments[-1], arguments[:-1])
+
     def dense(*arguments: Any) -> Tensor:
         return dequantize(matrix(*arguments[:-1]), arguments[-1])
 
     def dense_refuses(*arguments: Any) -> str | None:
         return why_not(arguments[0], arguments[-1], arguments[:-1])
 
-    here = devices()
-    return (
-        Backend("triton", f"{name}_linear", here, _unavailable, linear_refuses, linear),
-        Backend("triton", f"{name}_dequantize", here, _unavailable, dense_refuses, dense),
-        Backend(
-            "triton", f"{name}_input_gradient", here, _unavailable, gradient_refuses,
-            input_gradient,
-        ),
-    )  # fmt: skip
+    table = {
+        "linear": (linear_refuses, linear),
+        "dequantize": (dense_refuses, dense),
+        "input_gradient": (gradient_refuses, input_gradient),
+        "packed_gradients": (packed_gradients_refuses, packed_gradients),
+        "embedding": (rows_refuses, rows),
+    }
+    return tuple(
+        Backend("triton", f"{name}_{operator}", devices(), _unavailable, refuses, run)
+        for operator, (refuses, run) in table.items()
+    )
 
 
 def _dense_from(name: str, dtype: torch.dtype) -> int:

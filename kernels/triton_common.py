@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,28 @@ def splits_for(programs: int, work: int, device: torch.device) -> int:
     return splits
 
 
+@triton.constexpr_function
+def period_words(bits: int, wide: int) -> int:
+    """The fewest words, a multiple of `wide`, that hold whole codes of `bits` bits."""
+    return math.lcm(math.lcm(bits, 32) // 32, wide)
+
+
+@triton.constexpr_function
+def period_codes(bits: int, wide: int) -> int:
+    """The codes of so many words."""
+    return math.lcm(math.lcm(bits, 32) // 32, wide) * 32 // bits
+
+
+def wide_enough(wide: int, bits: int, stream: int, tokens: int) -> bool:
+    """Whether to read `wide` words of streams of `stream` words, of codes of `bits` bits, at once.
+
+    They must be aligned, and a thread should not take more than 32 codes apart at once, or multiply
+    them with more than two tokens: that takes the compiler long.
+    """
+    codes = period_codes(bits, wide)
+    return wide == 1 or (stream % wide == 0 and codes <= 32 and codes * tokens <= 64)
+
+
 def power_of_two(n: int, low: int = 1, high: int = 1 << 30) -> int:
     """The smallest power of two that is not below `n`, within low..high."""
     return max(low, min(high, 1 << (max(n, 1) - 1).bit_length()))
@@ -75,16 +98,28 @@ def config(warps: int, stages: int = 2, **sizes: int) -> triton.Config:
     return triton.Config(sizes, num_warps=warps, num_stages=stages)
 
 
-def tuned(key: list[str], configs: list[triton.Config]) -> Callable[[Any], Any]:
+def tuned(
+    key: list[str],
+    configs: list[triton.Config],
+    reset: list[str] | None = None,
+    fits: Callable[[dict[str, Any], dict[str, Any]], bool] | None = None,
+) -> Callable[[Any], Any]:
     """`triton.autotune` over `configs`, the first of which is used where nothing can be timed.
 
-    `key`: names of constants that are numbers, words or tuples of these. Times are kept on disk
-    beside Triton's compiled kernels. Nothing is timed in the interpreter,
+    `key`: names of constants that are numbers, words or tuples of these. `reset`: names of tensors
+    that the kernel adds to, which are zeroed between timings. `fits(sizes, constants)`: whether a
+    configuration makes sense for a matrix; it must for the first. Times are kept on disk beside
+    Triton's compiled kernels. Nothing is timed in the interpreter,
     while a CUDA graph is captured (run the layer once before), or with HF_VQ_TUNE=0.
     """
 
-    def prune(configs: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:
-        return configs if _may_time() else configs[:1]
+    def prune(
+        configs: list[triton.Config], named: dict[str, Any], **constants: Any
+    ) -> list[triton.Config]:
+        if not _may_time():
+            return configs[:1]
+        known = named | constants
+        return [c for c in configs if fits is None or fits(c.kwargs, known)]
 
     def decorate(kernel: Any) -> Any:
         if isinstance(kernel, triton.JITFunction):
@@ -94,6 +129,7 @@ def tuned(key: list[str], configs: list[triton.Config]) -> Callable[[Any], Any]:
                 prune_configs_by={"early_config_prune": prune},
                 do_bench=_bench,
                 cache_results=True,
+                reset_to_zero=reset,
             )(kernel)
         else:
             tuner = triton.autotune(configs=configs[:1], key=key)(kernel)
@@ -187,6 +223,68 @@ def read_codes(words, stream, number, inside, BITS: tl.constexpr):
     if BITS < 32:
         codes &= (1 << BITS) - 1
     return codes
+
+
+@triton.jit
+def load_words(
+    words, start, period, here, WORDS: tl.constexpr, STREAM: tl.constexpr, WIDE: tl.constexpr
+):
+    """Words period * WORDS .. period * WORDS + WORDS - 1 of streams of STREAM words.
+
+    A tuple of WORDS uint32 tensors of the shape (lanes,) of `period`, 0 where not `here` or beyond
+    the stream, which begins at words + start. WIDE (1, 2 or 4; it divides WORDS) of them are read
+    by one load of a thread where WIDE divides STREAM, because streams are aligned then.
+    """
+    out = ()
+    for first in tl.static_range(0, WORDS, WIDE):
+        number = period * WORDS + first
+        known = here
+        if WIDE == 1:
+            if STREAM % WORDS != 0:
+                known = here & (number < STREAM)
+            word = tl.load(words + (start + number), mask=known, other=0)
+            out = out + (word.to(tl.uint32, bitcast=True),)
+        else:
+            offset = tl.arange(0, WIDE)[None, :]
+            known = here[:, None]
+            if STREAM % WORDS != 0:
+                known = known & (number[:, None] + offset < STREAM)
+            group = tl.load(words + ((start + number)[:, None] + offset), mask=known, other=0)
+            group = group.to(tl.uint32, bitcast=True)
+            if WIDE == 2:
+                word_0, word_1 = tl.split(group)
+                out = out + (word_0, word_1)
+            else:
+                tl.static_assert(WIDE == 4)
+                even, odd = tl.split(tl.reshape(group, (group.shape[0], 2, 2)))
+                word_0, word_2 = tl.split(even)
+                word_1, word_3 = tl.split(odd)
+                out = out + (word_0, word_1, word_2, word_3)
+    return out
+
+
+@triton.jit
+def load_units(units, number, here, COUNT: tl.constexpr):
+    """Units number .. number + COUNT - 1 (COUNT: 1 or 2) of `in_units`, by one load; a tuple."""
+    if COUNT == 1:
+        out = (tl.load(units + number, mask=here, other=0),)
+    else:
+        tl.static_assert(COUNT == 2)
+        at = units + (number[:, None] + tl.arange(0, 2)[None, :])
+        unit_0, unit_1 = tl.split(tl.load(at, mask=here[:, None], other=0))
+        out = (unit_0, unit_1)
+    return out
+
+
+@triton.jit
+def code_of(words, NUMBER: tl.constexpr, BITS: tl.constexpr):
+    """Code NUMBER of words that `load_words` read, uint32, with other codes above it."""
+    FIRST: tl.constexpr = NUMBER * BITS // 32
+    SHIFT: tl.constexpr = NUMBER * BITS % 32
+    code = words[FIRST] >> SHIFT
+    if SHIFT + BITS > 32:
+        code |= words[FIRST + 1] << (32 - SHIFT)
+    return code
 
 
 @triton.constexpr_function

@@ -1,11 +1,7 @@
-"""CVXQ through Triton: a tile of weights, and the product for one to four tokens.
+"""CVXQ through Triton: the product for one to four tokens. The rest is triton_cvxq_matrix.py.
 
-Where a group's codes start is the number of words of all groups before it. Two small launches per
-call sum these by tiles of 64 columns (from the depths, 4 bits per group); within a tile, programs
-sum for themselves. So nothing is kept besides the format.
-
-A tile lies within a cluster. Every thread of `_decode` has a column and reads some rows of its
-groups; scales and locations act on the activations, once for all rows.
+Every thread of `_decode` has a column and reads some rows of its groups; scales and locations act
+on the activations, once for all rows.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from hf_vq_kernels.levels import level_table_on
 from hf_vq_kernels.triton_backend import backends
 from hf_vq_kernels.triton_common import (
     TILE_COLUMNS,
@@ -28,132 +23,48 @@ from hf_vq_kernels.triton_common import (
     sum_splits,
     tuned,
 )
+from hf_vq_kernels.triton_cvxq_matrix import (
+    by_row,
+    depth_of,
+    first_word,
+    matrix,
+    packed_gradients,
+    rows_of,
+    scale_and_location,
+)
 from hf_vq_kernels.triton_product import Matrix
 from torch import Tensor
 
-_TILES_AT_ONCE = 16  # that a program of `_tile_sizes` sums
-
 
 @triton.jit
-def _depth_of(depths, cluster, column, IN: tl.constexpr):
-    words: tl.constexpr = (IN + 7) // 8
-    word = tl.load(depths + cluster * words + (column >> 3), mask=column < IN, other=0)
-    return tl.where(column < IN, (word >> ((column & 7) * 4)) & 15, 0)
+def _levels_of_rows(words, levels, first, sizes, depth, row, ROWS: tl.constexpr):
+    """Levels of rows row .. row + ROWS - 1 (at most 8) of groups, each (lanes,), in a tuple.
 
-
-@triton.jit
-def _tile_sizes(
-    depths,
-    out,
-    IN: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Words of every tile of COLUMNS columns of a cluster: int64 (clusters, tiles)."""
-    cluster = tl.program_id(0).to(tl.int64)
-    all_tiles: tl.constexpr = (IN + COLUMNS - 1) // COLUMNS
-    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
-    column = tile[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    sizes = (_depth_of(depths, cluster, column, IN) * GROUP_ROWS + 31) >> 5
-    total = tl.sum(sizes, axis=1).to(tl.int64)
-    tl.store(out + cluster * all_tiles + tile, total, mask=tile < all_tiles)
-
-
-@triton.jit
-def _first_word(ends, tile):
-    """First word of a tile, where `ends` holds the sums of the sizes of the tiles up to each."""
-    return tl.load(ends + tile - 1, mask=tile > 0, other=0)
-
-
-@triton.jit
-def _scale_and_location(
-    scales, grid, location, cluster, column, IN: tl.constexpr, CLUSTERS: tl.constexpr
-):
-    """Scale of groups and their location (0.0 if there are none), float32; `cluster` is int64."""
-    here = column < IN
-    scale = tl.load(scales + cluster * IN + column, mask=here, other=0).to(tl.float32)
-    if grid is not None:
-        offset = tl.load(grid + cluster).to(tl.float32)
-        step = tl.load(grid + CLUSTERS + cluster).to(tl.float32)
-        scale = tl.exp2(offset + step * scale)
-    shift = tl.zeros_like(scale)
-    if location is not None:
-        shift = tl.load(location + cluster * IN + column, mask=here, other=0).to(tl.float32)
-        if location.dtype.element_ty == tl.int8:
-            shift = shift * 0.015625 * scale
-    return scale, shift
-
-
-@triton.jit
-def _levels_of(words, levels, first, depth, row, inside):
-    """Level of row `row` of groups that start at word `first`; the four broadcast."""
+    `first`, `sizes`, `depth`: where the words of the groups begin, how many they are, and the bits
+    of a code. Words are read once for all rows, whose codes are in 64 bits of three of them. Rows
+    beyond the group get any level.
+    """
     bit = depth * row
-    at = words + first + (bit >> 5)
-    offset = (bit & 31).to(tl.uint32)
-    inside = inside & (depth > 0)
-    code = tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True) >> offset
-    crosses = inside & (offset.to(tl.int32) + depth > 32)
-    high = tl.load(at + 1, mask=crosses, other=0).to(tl.uint32, bitcast=True)
-    code |= (high << 1) << (31 - offset)  # two steps: shifting by 32 is undefined
+    number = bit >> 5
+    offset = bit & 31
+    last = offset + ROWS * depth
+    at = words + first + number
+    word = tl.load(at, mask=number < sizes, other=0)
+    window = word.to(tl.uint32, bitcast=True).to(tl.uint64)
+    word = tl.load(at + 1, mask=(number + 1 < sizes) & (last > 32), other=0)
+    window |= word.to(tl.uint32, bitcast=True).to(tl.uint64) << 32
+    window = window >> offset.to(tl.uint64)
+    if ROWS * 8 + 31 > 64:
+        word = tl.load(at + 2, mask=(number + 2 < sizes) & (last > 64), other=0)
+        # two steps: shifting by 64 is undefined
+        word = word.to(tl.uint32, bitcast=True).to(tl.uint64) << 1
+        window |= word << (63 - offset).to(tl.uint64)
     base = 1 << depth
-    return tl.load(levels + base + (code.to(tl.int32, bitcast=True) & (base - 1)))
-
-
-@triton.jit
-def _position(row_tile, GEOMETRY: tl.constexpr, ROWS: tl.constexpr):
-    """Cluster of a tile, rows within the cluster, and numbers of these in clustered order."""
-    OUT: tl.constexpr = GEOMETRY[0]
-    GROUP_ROWS: tl.constexpr = GEOMETRY[2]
-    tiles: tl.constexpr = (GROUP_ROWS + ROWS - 1) // ROWS
-    cluster = row_tile // tiles
-    within = row_tile % tiles * ROWS + tl.arange(0, ROWS)
-    number = cluster * GROUP_ROWS + within
-    return cluster.to(tl.int64), within, tl.where(within < GROUP_ROWS, number, OUT)
-
-
-@triton.jit
-def _row_numbers(packed, GEOMETRY: tl.constexpr, row_tile, ROWS: tl.constexpr):
-    OUT: tl.constexpr = GEOMETRY[0]
-    _, _, number = _position(row_tile, GEOMETRY, ROWS)
-    return _rows_of(packed[6], number, OUT)
-
-
-@triton.jit
-def _rows_of(row_perm, number, OUT: tl.constexpr):
-    """Rows of the matrix that have numbers `number` in clustered order; OUT for those beyond."""
-    row = number
-    if row_perm is not None:
-        row = tl.load(row_perm + number, mask=number < OUT, other=0).to(tl.int32)
-        if row_perm.dtype.element_ty == tl.int16:
-            row = row & 0xFFFF
-    return tl.where(number < OUT, row, OUT)
-
-
-@triton.jit
-def _column_numbers(packed, GEOMETRY: tl.constexpr, column_tile, COLUMNS: tl.constexpr):
-    return column_tile * COLUMNS + tl.arange(0, COLUMNS)
-
-
-@triton.jit
-def _tile(
-    packed, GEOMETRY: tl.constexpr, row_tile, column_tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    words, depths, ends, scales, grid, location, _, levels = packed
-    OUT: tl.constexpr = GEOMETRY[0]
-    IN: tl.constexpr = GEOMETRY[1]
-    GROUP_ROWS: tl.constexpr = GEOMETRY[2]
-    CLUSTERS: tl.constexpr = (OUT + GROUP_ROWS - 1) // GROUP_ROWS
-    cluster, within, number = _position(row_tile, GEOMETRY, ROWS)
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    depth = _depth_of(depths, cluster, column, IN)
-    sizes = (depth * GROUP_ROWS + 31) >> 5
-    first = _first_word(ends, cluster * ((IN + COLUMNS - 1) // COLUMNS) + column_tile)
-    first = first + tl.cumsum(sizes, axis=0) - sizes
-    scale, shift = _scale_and_location(scales, grid, location, cluster, column, IN, CLUSTERS)
-    inside = (number < OUT)[:, None] & (column < IN)[None, :]
-    level = _levels_of(words, levels, first[None, :], depth[None, :], within[:, None], inside)
-    return scale[None, :] * level + shift[None, :]
+    out = ()
+    for r in tl.static_range(ROWS):
+        code = (window >> (depth * r).to(tl.uint64)).to(tl.int32) & (base - 1)
+        out = out + (tl.load(levels + (base + code)),)
+    return out
 
 
 @tuned(
@@ -190,6 +101,7 @@ def _decode(
     per_split: tl.constexpr = (lane_tiles + SPLITS - 1) // SPLITS
     row_tiles: tl.constexpr = (GROUP_ROWS + ROWS - 1) // ROWS
     PADDED: tl.constexpr = next_power_of_2(TOKENS * ROWS)
+    AT_ONCE: tl.constexpr = min(ROWS, 8)
     cluster = (tl.program_id(0) // row_tiles).to(tl.int64)
     first_row = tl.program_id(0) % row_tiles * ROWS
     split = tl.program_id(1)
@@ -203,11 +115,11 @@ def _decode(
     for tile in range(start, tl.minimum(start + per_split, lane_tiles)):
         column = tile * LANES + tl.arange(0, LANES)
         here = column < IN
-        depth = _depth_of(depths, cluster, column, IN)
+        depth = depth_of(depths, cluster, column, IN)
         sizes = (depth * GROUP_ROWS + 31) >> 5
-        first = _first_word(ends, cluster * column_tiles + tile * (LANES // COLUMNS))
+        first = first_word(ends, cluster * column_tiles + tile * (LANES // COLUMNS))
         first = first + tl.cumsum(sizes, axis=0) - sizes
-        scale, shift = _scale_and_location(scales, grid, location, cluster, column, IN, CLUSTERS)
+        scale, shift = scale_and_location(scales, grid, location, cluster, column, IN, CLUSTERS)
         values = ()
         sums = ()
         for t in tl.static_range(TOKENS):
@@ -216,13 +128,14 @@ def _decode(
             sums = sums + (shifts[t] + value * shift,)
         shifts = sums
         weights = ()
-        for r in tl.static_range(ROWS):  # beyond the cluster: its last row, not stored
-            row = tl.minimum(first_row + r, GROUP_ROWS - 1)
-            weights = weights + (_levels_of(words, levels, first, depth, row, here),)
+        for r in tl.static_range(0, ROWS, AT_ONCE):
+            weights = weights + _levels_of_rows(
+                words, levels, first, sizes, depth, first_row + r, AT_ONCE
+            )
         sums = ()
         for t in tl.static_range(TOKENS):
             for r in tl.static_range(ROWS):
-                sums = sums + (totals[t * ROWS + r] + weights[r] * values[t],)
+                sums = sums + (tl.fma(weights[r], values[t], totals[t * ROWS + r]),)
         totals = sums
     y = sum_lanes(totals, TOKENS * ROWS, PADDED)
     item = tl.arange(0, PADDED)
@@ -230,7 +143,7 @@ def _decode(
     within = first_row + item % ROWS
     number = cluster.to(tl.int32) * GROUP_ROWS + within
     number = tl.where((within < GROUP_ROWS) & (token < TOKENS), number, OUT)
-    row = _rows_of(row_perm, number, OUT)
+    row = rows_of(row_perm, number, OUT)
     if location is not None:
         for t in tl.static_range(TOKENS):
             y += tl.where(token == t, tl.sum(shifts[t], axis=0), 0.0)
@@ -238,36 +151,6 @@ def _decode(
         y += tl.load(bias + row, mask=row < OUT, other=0.0).to(tl.float32)
     at = (split.to(tl.int64) * TOKENS + token) * OUT + row
     tl.store(out + at, y.to(out.dtype.element_ty), mask=row < OUT)
-
-
-def matrix(
-    words: Tensor,
-    depths: Tensor,
-    scales: Tensor,
-    scale_grid: Tensor | None,
-    location: Tensor | None,
-    row_perm: Tensor | None,
-    in_features: int,
-    out_features: int,
-    group_rows: int,
-    levels: str,
-) -> Matrix:
-    """The packed matrix of `cvxq_dequantize` for the kernels of triton_product.py."""
-    clusters = scales.shape[0]
-    tiles = triton.cdiv(in_features, TILE_COLUMNS)
-    sizes = depths.new_empty((clusters, tiles), dtype=torch.int64)
-    with on_device(depths):
-        _tile_sizes[(clusters, triton.cdiv(tiles, _TILES_AT_ONCE))](
-            depths, sizes, IN=in_features, GROUP_ROWS=group_rows, TILES=_TILES_AT_ONCE,
-            COLUMNS=TILE_COLUMNS,
-        )  # fmt: skip
-    ends = sizes.flatten().cumsum(0)
-    table = level_table_on(levels, words.device)
-    packed = (words, depths, ends, scales, scale_grid, location, row_perm, table)
-    return Matrix(
-        "cvxq", out_features, in_features, clusters, group_rows, packed,
-        (out_features, in_features, group_rows), _tile, _row_numbers, _column_numbers,
-    )  # fmt: skip
 
 
 def decode(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -297,4 +180,4 @@ def _check(*arguments: Any) -> str | None:
     return None
 
 
-BACKENDS = backends("cvxq", 6, matrix, decode, _check)
+BACKENDS = backends("cvxq", 6, matrix, decode, _check, packed_gradients, by_row=by_row)

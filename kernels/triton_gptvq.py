@@ -1,4 +1,4 @@
-"""GPTVQ through Triton: a tile of weights, and the product for one to four tokens.
+"""GPTVQ through Triton: the product for one to four tokens. The rest is triton_gptvq_matrix.py.
 
 `_decode` is for few tokens, where what counts is how fast codes are read: every thread holds some
 words of a row, loads each once, takes its codes apart with constant shifts, looks the vectors up
@@ -15,113 +15,51 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from hf_vq_kernels.reference import expand_codebooks
 from hf_vq_kernels.triton_backend import backends
 from hf_vq_kernels.triton_common import (
     TYPES,
     WARP,
+    code_of,
     config,
     entry_of,
     in_units,
+    load_words,
     next_power_of_2,
     on_device,
-    read_codes,
+    period_codes,
+    period_words,
     splits_for,
     sum_lanes,
     sum_splits,
     tuned,
+    wide_enough,
 )
+from hf_vq_kernels.triton_gptvq_matrix import matrix, packed_gradients, scale_of
 from hf_vq_kernels.triton_product import Matrix
 from torch import Tensor
 
-
-@triton.jit
-def _row_numbers(packed, GEOMETRY: tl.constexpr, row_tile, ROWS: tl.constexpr):
-    return row_tile * ROWS + tl.arange(0, ROWS)
-
-
-@triton.jit
-def _column_numbers(packed, GEOMETRY: tl.constexpr, column_tile, COLUMNS: tl.constexpr):
-    return column_tile * COLUMNS + tl.arange(0, COLUMNS)
-
-
-@triton.jit
-def scale_of(scale_codes, scale_grid, row, block, inside, BLOCKS: tl.constexpr, LOG: tl.constexpr):
-    """Scales of (row, block of columns), float32; row is an int64 column, block broadcasts."""
-    words: tl.constexpr = (BLOCKS + 7) // 8
-    code = read_codes(scale_codes, row * words, block, inside, 4).to(tl.float32)
-    known = block < BLOCKS
-    offset = tl.load(scale_grid + block, mask=known, other=0.0).to(tl.float32)
-    step = tl.load(scale_grid + BLOCKS + block, mask=known, other=0.0).to(tl.float32)
-    scale = offset + step * code
-    if LOG:
-        scale = tl.exp2(scale)
-    return scale
-
-
-@triton.jit
-def _tile(
-    packed, GEOMETRY: tl.constexpr, row_tile, column_tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    indices, books, book_scales, scale_codes, scale_grid = packed
-    OUT: tl.constexpr = GEOMETRY[0]
-    IN: tl.constexpr = GEOMETRY[1]
-    DIM: tl.constexpr = GEOMETRY[2]
-    SIZE: tl.constexpr = GEOMETRY[3]
-    BITS: tl.constexpr = GEOMETRY[4]
-    GROUP_ROWS: tl.constexpr = GEOMETRY[5]
-    GROUP_VECTORS: tl.constexpr = GEOMETRY[6]
-    SCALE_VECTORS: tl.constexpr = GEOMETRY[7]
-    LOG: tl.constexpr = GEOMETRY[8]
-    vectors: tl.constexpr = (IN + DIM - 1) // DIM
-    words: tl.constexpr = (vectors * BITS + 31) // 32
-    groups: tl.constexpr = (OUT + GROUP_ROWS - 1) // GROUP_ROWS
-    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
-    vector = column_tile * (COLUMNS // DIM) + tl.arange(0, COLUMNS // DIM)[None, :]
-    inside = (row < OUT) & (vector < vectors)
-    wide_row = row.to(tl.int64)
-    code = read_codes(indices, wide_row * words, vector, inside, BITS).to(tl.int32)
-    book = (vector // GROUP_VECTORS) * groups + row // GROUP_ROWS
-    entry = tl.arange(0, DIM)[None, None, :]
-    if books.dtype.element_ty == tl.int32:
-        book_words: tl.constexpr = (SIZE * DIM + 7) // 8
-        first = code * DIM
-        at = books + book.to(tl.int64) * book_words + (first >> 3)
-        nibbles = tl.load(at, mask=inside, other=0)[:, :, None] >> (
-            ((first & 7)[:, :, None] + entry) * 4
-        )
-        values = (((nibbles & 15) ^ 8) - 8).to(tl.float32)
-    else:
-        at = (book.to(tl.int64) * SIZE + code) * DIM
-        values = tl.load(books + at[:, :, None] + entry, mask=inside[:, :, None], other=0)
-        values = values.to(tl.float32)
-    if book_scales is not None:
-        scale = tl.load(book_scales + book, mask=inside, other=0.0).to(tl.float32)
-        values *= scale[:, :, None]
-    if scale_codes is not None:
-        BLOCKS: tl.constexpr = (vectors + SCALE_VECTORS - 1) // SCALE_VECTORS
-        scale = scale_of(
-            scale_codes, scale_grid, wide_row, vector // SCALE_VECTORS, inside, BLOCKS, LOG
-        )
-        values *= scale[:, :, None]
-    return tl.reshape(values, (ROWS, COLUMNS))
-
-
-# Lanes that own a word each: as many as there are threads, so that every tensor has the one layout
-# and nothing is exchanged between threads.
+# Lanes that own WIDE words each: as many as there are threads, so that every tensor has the one
+# layout and nothing is exchanged between threads.
 _DECODE = [
-    config(4, ROWS=8, LANES=4 * WARP),
-    config(4, ROWS=4, LANES=4 * WARP),
-    config(2, ROWS=8, LANES=2 * WARP),
-    config(2, ROWS=4, LANES=2 * WARP),
-    config(8, ROWS=4, LANES=8 * WARP),
-    config(8, ROWS=8, LANES=8 * WARP),
-    config(1, ROWS=4, LANES=WARP),
-    config(4, ROWS=2, LANES=4 * WARP),
+    config(4, ROWS=8, LANES=4 * WARP, WIDE=1),
+    config(4, ROWS=4, LANES=4 * WARP, WIDE=1),
+    config(2, ROWS=8, LANES=2 * WARP, WIDE=1),
+    config(8, ROWS=4, LANES=8 * WARP, WIDE=1),
+    config(4, ROWS=2, LANES=4 * WARP, WIDE=1),
+    config(2, ROWS=4, LANES=2 * WARP, WIDE=4),
+    config(4, ROWS=4, LANES=4 * WARP, WIDE=4),
+    config(2, ROWS=2, LANES=2 * WARP, WIDE=4),
+    config(4, ROWS=4, LANES=4 * WARP, WIDE=2),
 ]
 
 
-@tuned(["GEOMETRY", "TOKENS", "SPLITS", "BOOK_TYPE", "X_TYPE"], _DECODE)
+def _fits(sizes: dict[str, Any], constants: dict[str, Any]) -> bool:
+    _, columns, dim, _, bits = constants["GEOMETRY"][:5]
+    words = triton.cdiv(triton.cdiv(columns, dim) * bits, 32)
+    return wide_enough(sizes["WIDE"], bits, words, constants["TOKENS"])
+
+
+@tuned(["GEOMETRY", "TOKENS", "SPLITS", "BOOK_TYPE", "X_TYPE"], _DECODE, fits=_fits)
 @triton.jit
 def _decode(
     x,
@@ -137,6 +75,7 @@ def _decode(
     X_UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     indices, books, book_scales, scale_codes, scale_grid = packed
     OUT: tl.constexpr = GEOMETRY[0]
@@ -152,9 +91,9 @@ def _decode(
     words: tl.constexpr = (vectors * BITS + 31) // 32
     groups: tl.constexpr = (OUT + GROUP_ROWS - 1) // GROUP_ROWS
     blocks: tl.constexpr = (vectors + SCALE_VECTORS - 1) // SCALE_VECTORS
-    # A period: the fewest whole words that hold whole codes.
-    CODES: tl.constexpr = 32 // (BITS & -BITS)
-    WORDS: tl.constexpr = BITS // (BITS & -BITS)
+    # A period: the fewest words that hold whole codes and can be read WIDE at a time.
+    WORDS: tl.constexpr = period_words(BITS, WIDE)
+    CODES: tl.constexpr = period_codes(BITS, WIDE)
     periods: tl.constexpr = (vectors + CODES - 1) // CODES
     per_split: tl.constexpr = (periods + SPLITS - 1) // SPLITS
     book_words: tl.constexpr = (SIZE * DIM + 7) // 8
@@ -178,29 +117,13 @@ def _decode(
         for _ in tl.static_range(TOKENS * ROWS):
             parts = parts + (tl.zeros((LANES,), dtype=tl.float32),)
         factors = ()
+        streams = ()
+        for r in tl.static_range(ROWS):
+            at = indices + rows[r] * words
+            streams = streams + (load_words(at, 0, period, period < stop, WORDS, words, WIDE),)
         for j in tl.static_range(CODES):
             vector = period * CODES + j
             here = (period < stop) & (vector < vectors)
-            codes = ()
-            if j * BITS % 32 == 0:
-                stream = ()
-                for r in tl.static_range(ROWS):
-                    at = indices + rows[r] * words + period * WORDS
-                    word = tl.load(at + j * BITS // 32, mask=here, other=0)
-                    stream = stream + (word.to(tl.uint32, bitcast=True),)
-            for r in tl.static_range(ROWS):
-                codes = codes + (stream[r] >> (j * BITS % 32),)
-            if j * BITS % 32 + BITS > 32:
-                stream = ()
-                both = ()
-                for r in tl.static_range(ROWS):
-                    at = indices + rows[r] * words + period * WORDS
-                    word = tl.load(at + j * BITS // 32 + 1, mask=here, other=0)
-                    word = word.to(tl.uint32, bitcast=True)
-                    stream = stream + (word,)
-                    both = both + (codes[r] | (word << (32 - j * BITS % 32)),)
-                codes = both
-
             # What belongs to a codebook or a block is found anew only where one can begin.
             if j == 0 or GROUP_VECTORS % CODES != 0:
                 books_of = ()
@@ -233,7 +156,7 @@ def _decode(
 
             places = ()
             for r in tl.static_range(ROWS):
-                code = (codes[r] & ((1 << BITS) - 1)).to(tl.int32)
+                code = (code_of(streams[r], j, BITS) & ((1 << BITS) - 1)).to(tl.int32)
                 if vectors % CODES != 0:
                     code = tl.where(here, code, 0)
                 places = places + (code,)
@@ -267,7 +190,7 @@ def _decode(
                             weight = ((((units[r] >> (4 * e)) & 15) ^ 8) - 8).to(tl.float32)
                         else:
                             weight = entry_of(units[r], e % BOOK_UNIT, BOOK_TYPE)
-                        sums = sums + (parts[t * ROWS + r] + weight * values[t],)
+                        sums = sums + (tl.fma(weight, values[t], parts[t * ROWS + r]),)
                 parts = sums
         if scaled:
             totals, parts = _flush(totals, parts, factors, TOKENS, ROWS)
@@ -295,47 +218,9 @@ def _flush(totals, parts, factors, TOKENS: tl.constexpr, ROWS: tl.constexpr):
     for t in tl.static_range(TOKENS):
         for r in tl.static_range(ROWS):
             part = parts[t * ROWS + r]
-            sums = sums + (totals[t * ROWS + r] + part * factors[r],)
+            sums = sums + (tl.fma(part, factors[r], totals[t * ROWS + r]),)
             zeros = zeros + (tl.zeros_like(part),)
     return sums, zeros
-
-
-def matrix(
-    indices: Tensor,
-    codebooks: Tensor,
-    codebook_scales: Tensor | None,
-    codebook_basis: Tensor | None,
-    scale_codes: Tensor | None,
-    scale_grid: Tensor | None,
-    in_features: int,
-    vector_dim: int,
-    num_centroids: int,
-    group_rows: int,
-    group_columns: int,
-    scale_block: int,
-    log_scales: bool,
-) -> Matrix:
-    """The packed matrix of `gptvq_dequantize` for the kernels of triton_product.py.
-
-    Factorised codebooks (one number per weight and rank) are multiplied out, in one small launch.
-    """
-    if codebook_basis is not None:
-        codebooks = expand_codebooks(
-            codebooks, codebook_scales, codebook_basis, num_centroids, vector_dim
-        )
-        codebook_scales = None
-    if scale_codes is None:
-        scale_block = vector_dim
-    rows = indices.shape[0]
-    geometry = (
-        rows, in_features, vector_dim, num_centroids, (num_centroids - 1).bit_length(), group_rows,
-        group_columns // vector_dim, scale_block // vector_dim, log_scales,
-    )  # fmt: skip
-    packed = (indices, codebooks, codebook_scales, scale_codes, scale_grid)
-    return Matrix(
-        "gptvq", rows, in_features, 1, rows, packed, geometry, _tile, _row_numbers,
-        _column_numbers,
-    )  # fmt: skip
 
 
 def decode(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -343,7 +228,7 @@ def decode(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     indices, codebooks, *scales = matrix.packed
     assert indices is not None and codebooks is not None
     rows, columns, dim, _, bits = matrix.geometry[:5]
-    tokens, codes = x.shape[0], 32 // (bits & -bits)
+    tokens, codes = x.shape[0], period_codes(bits, 1)
     if codebooks.dtype == torch.int32:
         book_type, book_unit = "int4", 1
     else:
@@ -381,4 +266,4 @@ def _check(*arguments: Any) -> str | None:
     return None
 
 
-BACKENDS = backends("gptvq", 6, matrix, decode, _check)
+BACKENDS = backends("gptvq", 6, matrix, decode, _check, packed_gradients)

@@ -6,8 +6,10 @@ They compute with tiles of weights, decoded in registers by a function of the me
     rows(packed, GEOMETRY, row_tile, ROWS)  -> int32 (ROWS,), rows of the matrix; others too large
     columns(packed, GEOMETRY, column_tile, COLUMNS) -> int32 (COLUMNS,), likewise
 
-A method orders rows and columns as it stores them. Its rows come in `banks` of `bank_rows` each,
-and a tile lies within a bank. What a tile holds beyond the matrix is finite and has no effect.
+(and for embeddings and gradients `some_rows` and `scatter`: see triton_embedding.py and
+triton_gradients.py). A method orders rows and columns as it stores them. Its rows come in `banks`
+of `bank_rows` each, and a tile lies within a bank. What a tile holds beyond the matrix is finite
+and has no effect.
 
 The product multiplies tiles, rounded to the dtype of the activations, in tensor cores, and sums in
 float32. Few tokens leave most of a GPU idle, so sums are cut into parts, which are added in a fixed
@@ -47,6 +49,8 @@ class Matrix(NamedTuple):
     tile: Any
     rows: Any
     columns: Any
+    some_rows: Any
+    scatter: Any
 
     @property
     def device(self) -> torch.device:
@@ -231,10 +235,12 @@ def dequantize(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def product(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+def product(
+    x: Tensor, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
     """x (tokens, in_features), contiguous, times the matrix transposed, plus bias (out_features,).
 
-    The result (tokens, out_features) has the dtype of x.
+    The result (tokens, out_features) is in `dtype`, by default that of x.
     """
     tokens, width = x.shape[0], matrix.out_features
     block = power_of_two(tokens, 16, 128 if x.dtype.itemsize == 2 else 32)
@@ -242,7 +248,7 @@ def product(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     splits = splits_for(
         matrix.row_tiles(64) * tiles, triton.cdiv(matrix.in_features, TILE_COLUMNS), x.device
     )
-    out = x.new_empty((tokens, width))
+    out = x.new_empty((tokens, width), dtype=dtype or x.dtype)
     parts = out if splits == 1 else x.new_empty((splits, tokens, width), dtype=torch.float32)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
@@ -258,13 +264,16 @@ def product(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     return out
 
 
-def transposed_product(grad: Tensor, matrix: Matrix) -> Tensor:
-    """grad (tokens, out_features), contiguous, times the matrix: (tokens, in_features)."""
+def transposed_product(grad: Tensor, matrix: Matrix, dtype: torch.dtype | None = None) -> Tensor:
+    """grad (tokens, out_features), contiguous, times the matrix: (tokens, in_features).
+
+    In `dtype`, by default that of grad.
+    """
     tokens, width = grad.shape[0], matrix.in_features
     block = power_of_two(tokens, 16, 128 if grad.dtype.itemsize == 2 else 32)
     tiles = triton.cdiv(tokens, block)
     splits = splits_for(triton.cdiv(width, TILE_COLUMNS) * tiles, matrix.row_tiles(64), grad.device)
-    out = grad.new_empty((tokens, width))
+    out = grad.new_empty((tokens, width), dtype=dtype or grad.dtype)
     parts = out if splits == 1 else grad.new_empty((splits, tokens, width), dtype=torch.float32)
     grid = (triton.cdiv(width, TILE_COLUMNS), tiles, splits)
     with on_device(grad):

@@ -1,4 +1,4 @@
-"""VPTQ through Triton: a tile of weights, and the product for one to four tokens.
+"""VPTQ through Triton: the product for one to four tokens. The rest is triton_vptq_matrix.py.
 
 A program of `_decode` computes the rows of some row blocks. Every thread holds a few words of the
 stream of each, takes their codes apart with constant shifts, and multiplies the vector of each code
@@ -9,7 +9,6 @@ Codebooks of up to 4096 vectors stay in the first-level cache, those of 65536 in
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,111 +18,49 @@ from hf_vq_kernels.triton_backend import backends
 from hf_vq_kernels.triton_common import (
     TYPES,
     WARP,
+    code_of,
     config,
     entry_of,
     in_units,
+    load_units,
+    load_words,
     next_power_of_2,
     on_device,
-    power_of_two,
-    read_codes,
+    period_codes,
+    period_words,
     splits_for,
     sum_lanes,
     sum_splits,
     tuned,
+    wide_enough,
 )
 from hf_vq_kernels.triton_product import Matrix
-from hf_vq_kernels.triton_vptq_inputs import activations, columns_of
+from hf_vq_kernels.triton_vptq_inputs import activations
+from hf_vq_kernels.triton_vptq_matrix import arranged, matrix, packed_gradients
 from torch import Tensor
 
-_NO_NORM, _NORM_COLUMNS, _NORM_ROWS = 0, 1, 2
 
-
-@triton.jit
-def _row_numbers(packed, GEOMETRY: tl.constexpr, row_tile, ROWS: tl.constexpr):
-    OUT: tl.constexpr = GEOMETRY[0]
-    DIM: tl.constexpr = GEOMETRY[2]
-    PADDED_DIM: tl.constexpr = next_power_of_2(DIM)
-    number = tl.arange(0, ROWS)
-    block = row_tile * (ROWS // PADDED_DIM) + number // PADDED_DIM
-    return tl.where(number % PADDED_DIM < DIM, block * DIM + number % PADDED_DIM, OUT)
-
-
-@triton.jit
-def _column_numbers(packed, GEOMETRY: tl.constexpr, column_tile, COLUMNS: tl.constexpr):
-    return columns_of(packed[5], column_tile * COLUMNS + tl.arange(0, COLUMNS), GEOMETRY[1])
-
-
-@triton.jit
-def _stored_numbers(packed, GEOMETRY: tl.constexpr, column_tile, COLUMNS: tl.constexpr):
-    """Columns in stored order, for activations that were brought into it."""
-    return column_tile * COLUMNS + tl.arange(0, COLUMNS)
-
-
-@triton.jit
-def _tile(
-    packed, GEOMETRY: tl.constexpr, row_tile, column_tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    indices, books, res_books, outlier_indices, outlier_books, perm, norm_scale, norm_bias = packed
-    OUT: tl.constexpr = GEOMETRY[0]
-    IN: tl.constexpr = GEOMETRY[1]
-    DIM: tl.constexpr = GEOMETRY[2]
-    SIZE: tl.constexpr = GEOMETRY[3]
-    BITS: tl.constexpr = GEOMETRY[4]
-    RES_SIZE: tl.constexpr = GEOMETRY[5]
-    RES_BITS: tl.constexpr = GEOMETRY[6]
-    WIDTH: tl.constexpr = GEOMETRY[7]
-    OUTLIERS: tl.constexpr = GEOMETRY[8]
-    OUTLIER_DIM: tl.constexpr = GEOMETRY[9]
-    NORM: tl.constexpr = GEOMETRY[10]
-    PADDED_DIM: tl.constexpr = next_power_of_2(DIM)
-    blocks: tl.constexpr = (OUT + DIM - 1) // DIM
-    words: tl.constexpr = (WIDTH * (BITS + RES_BITS) + 31) // 32
-    block = row_tile * (ROWS // PADDED_DIM) + tl.arange(0, ROWS // PADDED_DIM)[:, None]
-    stored = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    entry = tl.arange(0, PADDED_DIM)[None, None, :]
-    inside = (block < blocks) & (stored < IN)
-    main = tl.maximum(stored - OUTLIERS, 0)
-    group = main // WIDTH
-    stream = (group * blocks + block).to(tl.int64) * words
-    regular = inside & (stored >= OUTLIERS)
-    code = read_codes(indices, stream, main % WIDTH, regular, BITS + RES_BITS)
-    at = (group * SIZE + (code & (SIZE - 1)).to(tl.int32)).to(tl.int64) * DIM
-    known = regular[:, :, None] & (entry < DIM)
-    values = tl.load(books + at[:, :, None] + entry, mask=known, other=0.0).to(tl.float32)
-    if res_books is not None:
-        number = (code >> BITS).to(tl.int32) & (RES_SIZE - 1)
-        at = (group * RES_SIZE + number).to(tl.int64) * DIM
-        values += tl.load(res_books + at[:, :, None] + entry, mask=known, other=0.0).to(tl.float32)
-    row = block[:, :, None] * DIM + entry
-    if OUTLIERS > 0:
-        known = (inside & (stored < OUTLIERS))[:, :, None] & (entry < DIM) & (row < OUT)
-        at = outlier_indices + (row // OUTLIER_DIM) * OUTLIERS + stored[:, :, None]
-        number = tl.load(at, mask=known, other=0).to(tl.int32) & 0xFFFF
-        at = outlier_books + number * OUTLIER_DIM + row % OUTLIER_DIM
-        values += tl.load(at, mask=known, other=0.0).to(tl.float32)
-    if NORM == 1:
-        column = columns_of(perm, stored, IN)
-        scale = tl.load(norm_scale + column, mask=column < IN, other=0.0).to(tl.float32)
-        offset = tl.load(norm_bias + column, mask=column < IN, other=0.0).to(tl.float32)
-        values = values * scale[:, :, None] + offset[:, :, None]
-    if NORM == 2:
-        scale = tl.load(norm_scale + row, mask=row < OUT, other=0.0).to(tl.float32)
-        offset = tl.load(norm_bias + row, mask=row < OUT, other=0.0).to(tl.float32)
-        values = values * scale + offset
-    return tl.reshape(tl.permute(values, (0, 2, 1)), (ROWS, COLUMNS))
+def _fits(sizes: dict[str, Any], constants: dict[str, Any]) -> bool:
+    geometry = constants["GEOMETRY"]
+    bits, width = geometry[4] + geometry[6], geometry[7]
+    words = triton.cdiv(width * bits, 32)
+    return wide_enough(sizes["WIDE"], bits, words, constants["TOKENS"])
 
 
 @tuned(
     ["GEOMETRY", "TOKENS", "SPLITS", "BOOK_TYPE"],
     [
-        config(4, BLOCKS=1, LANES=4 * WARP),
-        config(4, BLOCKS=2, LANES=4 * WARP),
-        config(2, BLOCKS=1, LANES=2 * WARP),
-        config(2, BLOCKS=2, LANES=2 * WARP),
-        config(8, BLOCKS=1, LANES=8 * WARP),
-        config(8, BLOCKS=2, LANES=8 * WARP),
-        config(4, BLOCKS=4, LANES=4 * WARP),
+        config(4, BLOCKS=1, LANES=4 * WARP, WIDE=1),
+        config(4, BLOCKS=2, LANES=4 * WARP, WIDE=1),
+        config(2, BLOCKS=2, LANES=2 * WARP, WIDE=1),
+        config(8, BLOCKS=1, LANES=8 * WARP, WIDE=1),
+        config(4, BLOCKS=4, LANES=4 * WARP, WIDE=1),
+        config(2, BLOCKS=1, LANES=2 * WARP, WIDE=4),
+        config(2, BLOCKS=2, LANES=2 * WARP, WIDE=4),
+        config(4, BLOCKS=1, LANES=4 * WARP, WIDE=4),
+        config(4, BLOCKS=1, LANES=4 * WARP, WIDE=2),
     ],
+    fits=_fits,
 )
 @triton.jit
 def _decode(
@@ -138,6 +75,7 @@ def _decode(
     UNIT: tl.constexpr,
     BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     indices, books, res_books, outlier_indices, outlier_books, perm, norm_scale, norm_bias = packed
     OUT: tl.constexpr = GEOMETRY[0]
@@ -154,12 +92,14 @@ def _decode(
     all_blocks: tl.constexpr = (OUT + DIM - 1) // DIM
     ALL: tl.constexpr = BITS + RES_BITS
     words: tl.constexpr = (WIDTH * ALL + 31) // 32
-    # A period: the fewest whole words that hold whole codes. Periods of all groups in one row.
-    CODES: tl.constexpr = 32 // (ALL & -ALL)
-    WORDS: tl.constexpr = ALL // (ALL & -ALL)
+    # A period: the fewest words that hold whole codes and can be read WIDE at a time. Periods of
+    # all groups in one row.
+    WORDS: tl.constexpr = period_words(ALL, WIDE)
+    CODES: tl.constexpr = period_codes(ALL, WIDE)
     group_periods: tl.constexpr = (WIDTH + CODES - 1) // CODES
     periods: tl.constexpr = (IN - OUTLIERS) // WIDTH * group_periods
     per_split: tl.constexpr = (periods + SPLITS - 1) // SPLITS
+    PAIR: tl.constexpr = 2 - DIM // UNIT % 2  # units of a codebook that one load reads
     ROWS: tl.constexpr = BLOCKS * DIM
     PADDED: tl.constexpr = next_power_of_2(TOKENS * ROWS)
 
@@ -181,45 +121,33 @@ def _decode(
         period = first + tl.arange(0, LANES)
         group = period // group_periods
         within = period % group_periods
+        streams = ()
+        for b in tl.static_range(BLOCKS):
+            at = (group * all_blocks + blocks[b]) * words
+            streams = streams + (
+                load_words(indices, at, within, period < stop, WORDS, words, WIDE),
+            )
         for j in tl.static_range(CODES):
             here = (period < stop) & (within * CODES + j < WIDTH)
             stored = tl.where(here, OUTLIERS + group * WIDTH + within * CODES + j, IN)
             values, offsets = activations(
                 x, stored, perm, norm_scale, norm_bias, offsets, IN, NORM, TOKENS
             )
-            if j * ALL % 32 == 0:
-                stream = ()
-                for b in tl.static_range(BLOCKS):
-                    at = indices + (group * all_blocks + blocks[b]) * words + within * WORDS
-                    word = tl.load(at + j * ALL // 32, mask=here, other=0)
-                    stream = stream + (word.to(tl.uint32, bitcast=True),)
             codes = ()
             for b in tl.static_range(BLOCKS):
-                codes = codes + (stream[b] >> (j * ALL % 32),)
-            if j * ALL % 32 + ALL > 32:
-                stream = ()
-                both = ()
-                for b in tl.static_range(BLOCKS):
-                    at = indices + (group * all_blocks + blocks[b]) * words + within * WORDS
-                    word = tl.load(at + j * ALL // 32 + 1, mask=here, other=0)
-                    word = word.to(tl.uint32, bitcast=True)
-                    stream = stream + (word,)
-                    both = both + (codes[b] | (word << (32 - j * ALL % 32)),)
-                codes = both
+                codes = codes + (code_of(streams[b], j, ALL),)
             for e in tl.static_range(DIM):
-                if e % UNIT == 0:
+                if e % (UNIT * PAIR) == 0:
                     units = ()
                     res_units = ()
                     for b in tl.static_range(BLOCKS):
                         number = (codes[b] & (SIZE - 1)).to(tl.int32)
                         entry = (group * SIZE + number) * (DIM // UNIT) + e // UNIT
-                        units = units + (tl.load(books + entry, mask=here, other=0),)
+                        units = units + (load_units(books, entry, here, PAIR),)
                         if res_books is not None:
                             number = (codes[b] >> BITS).to(tl.int32) & (RES_SIZE - 1)
                             entry = (group * RES_SIZE + number) * (DIM // UNIT) + e // UNIT
-                            res_units = res_units + (
-                                tl.load(res_books + entry, mask=here, other=0),
-                            )
+                            res_units = res_units + (load_units(res_books, entry, here, PAIR),)
                 # totals of entry e of every (token, block) are replaced; others stay
                 sums = ()
                 for t in tl.static_range(TOKENS):
@@ -227,10 +155,12 @@ def _decode(
                         for f in tl.static_range(DIM):
                             total = totals[(t * BLOCKS + b) * DIM + f]
                             if f == e:
-                                weight = entry_of(units[b], e % UNIT, BOOK_TYPE)
+                                weight = entry_of(units[b][e // UNIT % PAIR], e % UNIT, BOOK_TYPE)
                                 if res_books is not None:
-                                    weight += entry_of(res_units[b], e % UNIT, BOOK_TYPE)
-                                total += weight * values[t]
+                                    weight += entry_of(
+                                        res_units[b][e // UNIT % PAIR], e % UNIT, BOOK_TYPE
+                                    )
+                                total = tl.fma(weight, values[t], total)
                             sums = sums + (total,)
                 totals = sums
 
@@ -253,7 +183,7 @@ def _decode(
             sums = ()
             for t in tl.static_range(TOKENS):
                 for r in tl.static_range(ROWS):
-                    sums = sums + (totals[t * ROWS + r] + weights[r] * values[t],)
+                    sums = sums + (tl.fma(weights[r], values[t], totals[t * ROWS + r]),)
             totals = sums
 
     y = sum_lanes(totals, TOKENS * ROWS, PADDED)
@@ -275,48 +205,6 @@ def _decode(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-def matrix(
-    indices: Tensor,
-    centroids: Tensor,
-    res_centroids: Tensor | None,
-    outlier_indices: Tensor | None,
-    outlier_centroids: Tensor | None,
-    perm: Tensor | None,
-    weight_scale: Tensor | None,
-    weight_bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    vector_dim: int,
-    outlier_vector_dim: int,
-    norm_rows: bool,
-) -> Matrix:
-    """The packed matrix of `vptq_dequantize` for the kernels of triton_product.py."""
-    size = centroids.shape[1] // vector_dim
-    res_size = 0 if res_centroids is None else res_centroids.shape[1] // vector_dim
-    outliers = 0 if outlier_indices is None else outlier_indices.shape[-1]
-    norm = _NO_NORM
-    if weight_scale is not None and weight_bias is not None:
-        norm = _NORM_ROWS if norm_rows else _NORM_COLUMNS
-    else:
-        weight_scale = weight_bias = None
-    if not outliers:
-        outlier_indices = outlier_centroids = None
-    geometry = (
-        out_features, in_features, vector_dim, size, (size - 1).bit_length(), res_size,
-        max(res_size - 1, 0).bit_length(), (in_features - outliers) // centroids.shape[0],
-        outliers, outlier_vector_dim, norm,
-    )  # fmt: skip
-    packed = (
-        indices, centroids, res_centroids, outlier_indices, outlier_centroids, perm, weight_scale,
-        weight_bias,
-    )  # fmt: skip
-    rows = triton.cdiv(out_features, vector_dim) * power_of_two(vector_dim)
-    return Matrix(
-        "vptq", out_features, in_features, 1, rows, packed, geometry, _tile, _row_numbers,
-        _column_numbers,
-    )  # fmt: skip
-
-
 def decode(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """As `product` of triton_product.py, for x of one to four tokens."""
     indices, books, res_books, *others = matrix.packed
@@ -327,7 +215,7 @@ def decode(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     if res_books is not None:
         res_books, _ = in_units(res_books, dim)
     blocks = triton.cdiv(rows, dim)
-    codes = 32 // math.gcd(bits + res_bits, 32)
+    codes = period_codes(bits + res_bits, 1)
     periods = (columns - outliers) // width * triton.cdiv(width, codes)
     splits = splits_for(blocks, triton.cdiv(periods, 128), x.device)
     out = x.new_empty((tokens, rows))
@@ -344,14 +232,6 @@ def decode(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
         if splits > 1:
             sum_splits(parts, bias, out)
     return out
-
-
-def _arranged(x: Tensor, matrix: Matrix) -> tuple[Tensor, Matrix]:
-    """Activations in stored order, so that tiles read them side by side."""
-    perm = matrix.packed[5]
-    if perm is None:
-        return x, matrix
-    return x.index_select(1, perm.int() & 0xFFFF), matrix._replace(columns=_stored_numbers)
 
 
 def _check(*arguments: Any) -> str | None:
@@ -374,4 +254,4 @@ def _check(*arguments: Any) -> str | None:
     return None
 
 
-BACKENDS = backends("vptq", 8, matrix, decode, _check, _arranged)
+BACKENDS = backends("vptq", 8, matrix, decode, _check, packed_gradients, arranged)

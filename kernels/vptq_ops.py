@@ -326,4 +326,4 @@ def _gradients(
     return out
 
 
-register_gradients("vptq", 8, _gradients)
+register_gradients("vptq", 8, _PACKED, _GEOMETRY, (1, 2, 4, 6, 7), _gradients)

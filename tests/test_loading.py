@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_vq.configs import GPTVQConfig
 from hf_vq.formats import FORMATS, FormatError
@@ -17,7 +17,7 @@ from hf_vq.formats.gptvq import GPTVQSpec
 from hf_vq.formats.layer_list import write_layers
 from hf_vq.layers.linear import PackedLinear
 from tests.helpers import random_gptvq
-from tests.models import packed
+from tests.models import logits, packed
 
 pytestmark = pytest.mark.smoke
 
@@ -40,6 +40,14 @@ def load(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_none_for_a_config_loads_what_is_packed(checkpoint):
+    expected = logits(load(checkpoint))
+    for classes in (AutoModelForCausalLM, LlamaForCausalLM):
+        model = classes.from_pretrained(checkpoint, quantization_config=None)
+        assert isinstance(model.get_submodule(LAYER), PackedLinear)
+        assert torch.equal(logits(model), expected)
 
 
 def edit(folder, change):

@@ -107,6 +107,23 @@ def test_other_configs_are_read_as_before():
     assert config.vocab_size == 5 and rest == {"x": 1}
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_no_quantization_config_of_one_s_own_leaves_the_model_s(nested):
+    """What the Auto classes do with `quantization_config=None`."""
+    stored = {**GPTVQConfig(3.0).to_dict(), "layers": [{"modules": ["a"]}]}
+    place = {"quantization_config": stored}
+    given = {"text_config": place} if nested else place
+    config, rest = PreTrainedConfig.from_dict(
+        given, quantization_config=None, return_unused_kwargs=True
+    )
+    found = config.text_config if nested else config.to_dict()
+    assert found["quantization_config"] == stored and not rest
+    wish = {"quantization_config": GPTVQConfig(3.0).to_dict()}  # nothing of it is packed
+    for other in (wish, {"quantization_config": {"quant_method": "awq", "bits": 4}}):
+        config = PreTrainedConfig.from_dict(other, quantization_config=None)
+        assert config.quantization_config is None
+
+
 def test_config_from_dict_is_ours():
     stored = GPTVQConfig(3.0).to_dict()
     assert isinstance(auto.AutoQuantizationConfig.from_dict(copy.deepcopy(stored)), GPTVQConfig)

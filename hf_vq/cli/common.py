@@ -18,7 +18,8 @@ from rich.console import Console
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-stderr = Console(stderr=True)
+stderr = Console(stderr=True, soft_wrap=True)
+"""Lines stay whole: what reads them from a file has a width of its own."""
 
 
 def stdout() -> Console:
@@ -76,7 +77,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _print(message: str) -> None:
-    stderr.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    stderr.print(f"error: {message}", style="red", highlight=False, markup=False)
 
 
 def check_output_folder(out: Path, model: str) -> None:

@@ -28,7 +28,8 @@ class Reporter:
     """Progress of one quantization run. `start`, then `matrix` for each, then `finish`.
 
     `to_dict()` is what is saved beside the model: per-matrix shapes, bits, relative errors
-    (tr(E H E^T) / tr(W H W^T)) and seconds, the total time, and peak memory in bytes.
+    (tr(E H E^T) / tr(W H W^T)) and seconds, the total time by the clock and of the CPU (all threads
+    of this process together), and peak memory in bytes.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -39,6 +40,7 @@ class Reporter:
         self._memory = MemoryMeter()
         self._began = 0.0
         self._seconds = 0.0
+        self._began_cpu = self._cpu_seconds = 0.0
         self._total_weights = 0
         self._matrices: list[dict[str, Any]] = []
         self._tuned: list[dict[str, Any]] = []
@@ -46,7 +48,7 @@ class Reporter:
 
     def start(self, total_matrices: int, total_weights: int) -> None:
         """Begin: so many matrices, with so many weights in all (for the estimate of time left)."""
-        self._began = time.perf_counter()
+        self._began, self._began_cpu = time.perf_counter(), time.process_time()
         self._total_weights = total_weights
         self._memory.start()
         if self._quiet:
@@ -114,6 +116,7 @@ class Reporter:
             self._progress = None
         if self._memory.stop():
             self._seconds = time.perf_counter() - self._began
+            self._cpu_seconds = time.process_time() - self._began_cpu
             peak = ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in self._memory.peaks.items())
             self._say(
                 f"{len(self._matrices)} matrices at {self._bits():.3f} bits per weight in "
@@ -132,6 +135,7 @@ class Reporter:
             "environment": environment(),
             "bits": self._bits(),
             "seconds": round(self._seconds, 3),
+            "cpu_seconds": round(self._cpu_seconds, 3),
             "peak_memory_bytes": dict(self._memory.peaks),
             "notes": list(self._notes),
             "matrices": [dict(m) for m in self._matrices],

@@ -20,9 +20,6 @@ from hf_vq.methods.statistics import Statistics
 from hf_vq.registry import get_method
 from hf_vq.tying import swap
 
-# Tokens per input channel that make the shift half as certain as it looks.
-_SHRINKAGE = 8
-
 
 class NonFiniteError(ValueError):
     """NaN or infinity in a weight or an activation; names the layer (and the sample)."""
@@ -63,13 +60,10 @@ class Worker:
         self, name: str, statistics: Statistics, shift: torch.Tensor | None
     ) -> torch.Tensor | None:
         """W S of one matrix; a ready-made one is taken along."""
-        # Little data overfits: the noise of the estimate grows with channels per token
-        tokens = statistics.tokens
-        trust = tokens / (tokens + _SHRINKAGE * len(statistics.hessian))
         pull, statistics.pull = statistics.pull, None
         if pull is None and shift is not None:
             pull = self._weight(name) @ shift
-        return None if pull is None else pull.mul_(trust)
+        return None if pull is None else pull.mul_(statistics.trust())
 
     def _weight(self, name: str) -> torch.Tensor:
         weight = dense_of(self.model, name).weight.detach().to(self.device, torch.float32)

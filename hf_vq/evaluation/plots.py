@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "assets"
+SIZE_QUALITY = f"{FOLDER}/size_quality.png"
+"""The picture of quality over size; the others are of layers."""
 _BLUE, _ORANGE, _GRAY = "#3b6fb6", "#d9822b", "#8a8f98"
 
 
@@ -35,8 +37,8 @@ def draw_plots(
     if curves and bits is not None:
         drawn.append(_save(_curve(curves[0], bits), folder, "size_quality"))
     texts = {
-        "bits_per_layer": "Bits per weight of every packed layer",
-        "error_per_layer": "Relative error of every packed layer",
+        "bits_per_layer": "Bits per weight of every compressed layer",
+        "error_per_layer": "Relative error of every compressed layer",
         "size_quality": "KL to the original over bits per weight, beside rounding to nearest",
     }
     return tuple((f"{FOLDER}/{name}.png", texts[name]) for name in drawn)
@@ -81,10 +83,13 @@ def _curve(evaluation: dict[str, Any], bits: float) -> Any:
     figure = new_figure(6, 3.4)
     axes = figure.subplots()
     points = sorted((row["bits"], row["kl"]) for row in evaluation["rtn"])
-    axes.plot(*zip(*points, strict=True), "o--", color=_GRAY, label="rounding to nearest (groups)")
+    axes.plot(
+        *zip(*points, strict=True), "o--", color=_GRAY, label="rounding to nearest, groups of 64"
+    )
     axes.plot([bits], [evaluation["kl"]], "o", color=_ORANGE, markersize=9, label="this model")
     axes.set_yscale("log")
-    axes.set_xlabel("bits per packed weight, everything counted")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("bits per compressed weight, everything counted")
     axes.set_ylabel("KL to the original (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -13,13 +13,17 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_vq.evaluation.plots import SIZE_QUALITY
 from hf_vq.files import read_json, write_text
 from hf_vq.formats import packed_settings
 from hf_vq.hub.base_card import inherit
 from hf_vq.hub.card_rows import (
+    dense_parts,
+    dtype_of,
     headline,
     measured_rows,
     reproduce,
+    reproduce_notes,
     settings_rows,
     size_rows,
     task_rows,
@@ -54,7 +58,7 @@ def render_card(
         record: `evaluation.json` (`hf_vq.hub.record`); None says that nothing was measured.
         repository: where the card's snippet loads from; None leaves a placeholder.
         inherited: license and languages of the base model (`hf_vq.hub.base_card`).
-        plots: (file, description) of pictures in the repository.
+        plots: (file, description) of pictures in the repository, as `draw_plots` returns them.
         tags: more tags.
 
     Returns:
@@ -81,6 +85,7 @@ def render_card(
         data,
         template_str=template,
         title=title,
+        architecture=next(iter(model_config.get("architectures") or ()), None),
         base_model=base,
         base_model_revision=stored.get("base_model_revision"),
         method=method.name,
@@ -91,10 +96,13 @@ def render_card(
         evaluations=[(e, measured_rows(e)) for e in evaluations],
         tasks=task_rows(record.get("tasks", [])),
         task_version=next((t["lm_eval_version"] for t in record.get("tasks", [])), None),
+        dense=dense_parts(report),
         worst=worst_layers(report),
-        plots=plots,
+        curve=next((plot for plot in plots if plot[0] == SIZE_QUALITY), None),
+        plots=[plot for plot in plots if plot[0] != SIZE_QUALITY],
         settings=settings_rows(stored, report),
-        command=reproduce(stored),
+        command=reproduce(stored, dtype_of(model_config)),
+        notes=reproduce_notes(stored),
         license=(inherited or {}).get("license"),
     )
     header, body = str(card).split("\n---\n", 1)
@@ -115,10 +123,8 @@ def write_card(
     was loaded from, for its license.
     """
     folder = Path(folder)
-    for place in (unless_in, folder):
-        own = None if place is None else Path(place) / CARD_NAME
-        if own is not None and own.is_file() and not has_generated_part(_text(own)):
-            return False
+    if not all(has_generated_part(_text(card)) for card in _cards(unless_in, folder)):
+        return False
     try:
         card = folder_card(folder, edited_in=unless_in, base_folder=base_folder)
     except ValueError as error:
@@ -154,25 +160,34 @@ def folder_card(
     record = read_record(folder)
     base, revision = stored.get("base_model"), stored.get("base_model_revision")
     inherited = inherit(base, revision, base_folder, token)
+    old = next((_text(card) for card in _cards(edited_in, folder)), None)
     text = render_card(
         config,
         report,
         record,
         repository=repository,
-        inherited=inherited.fields,
+        inherited={**_license_in(old), **inherited.fields},
         plots=_draw(folder, report, record),
         tags=tags,
     )
-    merged = Merged(text, [])
-    for place in (edited_in, folder):
-        old = None if place is None else Path(place) / CARD_NAME
-        if old is not None and old.is_file():
-            merged = merge_cards(text, _text(old), CARD_NAME)
-            break
+    merged = Merged(text, []) if old is None else merge_cards(text, old, CARD_NAME)
     if parse_card(merged.text, CARD_NAME).data.get("license") is None:
         note = f"the card names no license ({inherited.problem}); add `license:` to its metadata"
         merged.notes.append(note)
     return merged
+
+
+def _cards(*places: str | Path | None) -> list[Path]:
+    """The cards that there are in these folders."""
+    cards = [Path(place) / CARD_NAME for place in places if place is not None]
+    return [card for card in cards if card.is_file()]
+
+
+def _license_in(card: str | None) -> dict[str, Any]:
+    """What an earlier card says about the license: the base model may be out of reach by now."""
+    data = None if card is None else parse_card(card, CARD_NAME).data
+    names = ("license", "license_name", "license_link")
+    return {} if data is None else {n: data.get(n) for n in names if data.get(n) is not None}
 
 
 def _text(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from typing import Any
 
@@ -14,15 +15,17 @@ NOT_EVALUATED = "not evaluated"
 WORST = 5
 """Layers that a card names."""
 
+_ORIGINAL, _TEXT = "ORIGINAL", "TEXT"
+
 
 def size_rows(ledger: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and value of each size that the report's ledger has."""
     names = {
-        "decoder_bits": ("bits per packed weight, everything counted", "{:.3f}"),
+        "model_dense_bytes": ("bytes of the original", "{:,}"),
+        "model_bytes": ("bytes of this model", "{:,}"),
+        "packed_bytes": ("of these, compressed layers", "{:,}"),
+        "decoder_bits": ("bits per compressed weight, everything counted", "{:.3f}"),
         "model_bits": ("bits per parameter, whole model", "{:.3f}"),
-        "packed_bytes": ("bytes of the packed layers", "{:,}"),
-        "model_dense_bytes": ("bytes of the model before", "{:,}"),
-        "model_bytes": ("bytes of the model", "{:,}"),
     }
     return [(text, form.format(ledger[k])) for k, (text, form) in names.items() if k in ledger]
 
@@ -30,31 +33,35 @@ def size_rows(ledger: dict[str, Any]) -> list[tuple[str, str]]:
 def headline(
     report: dict[str, Any], evaluation: dict[str, Any] | None, bits: float | None
 ) -> list[str]:
-    """The answer in a few words: sizes, quality, what it cost to make."""
+    """The answer in up to three sentences: sizes, quality, what it cost to make."""
     ledger = report.get("ledger") or {}
-    parts = []
+    size = []
     after, before = ledger.get("model_bytes"), ledger.get("model_dense_bytes")
     if after is not None:
-        parts.append(f"{human(before)} → {human(after)}" if before else human(after))
+        size.append(f"{human(before)} → {human(after)}" if before else human(after))
     if bits is not None:
-        parts.append(f"{bits:.3f} bits per packed weight, everything counted")
-    if evaluation is not None:
-        dense, own = evaluation.get("perplexity_dense"), evaluation["perplexity"]
-        parts.append(
-            f"perplexity {own:.3f}" if dense is None else f"perplexity {dense:.3f} → {own:.3f}"
-        )
-        if "kl" in evaluation:
-            parts.append(f"KL {evaluation['kl']:.4f} nats per token")
-            parts.append(f"{100 * evaluation['top1']:.1f} % same most likely token")
-        parts[-1] += f" ({evaluation['dataset']}, context {evaluation['seqlen']})"
-    else:
-        parts.append("quality not evaluated")
+        size.append(f"{bits:.3f} bits per compressed weight, everything counted")
+    quality = ["quality not evaluated"] if evaluation is None else _quality(evaluation)
+    made = ""
     if report.get("seconds"):
-        parts.append(f"quantized in {report['seconds']:.1f} s")
+        made = f"quantized in {report['seconds']:.1f} s"
+        if cpu := report.get("cpu_seconds"):  # other work on the machine is not in it
+            made += f" ({cpu:.1f} s of processor time)"
         peak = _peak(report.get("peak_memory_bytes") or {})
-        parts[-1] += f" with a peak of {human(peak)} of memory" if peak else ""
+        made += f" with a peak of {human(peak)} of memory" if peak else ""
         device = (report.get("environment") or {}).get("device")
-        parts[-1] += f" on {device}" if device else ""
+        made += f" on {device}" if device else ""
+    sentences = [", ".join(size), ", ".join(quality), made]
+    return [f"{text[0].upper()}{text[1:]}." for text in sentences if text]
+
+
+def _quality(e: dict[str, Any]) -> list[str]:
+    dense, own = e.get("perplexity_dense"), f"{e['perplexity']:.3f}"
+    parts = [f"perplexity {own}" if dense is None else f"perplexity {dense:.3f} → {own}"]
+    if "kl" in e:
+        parts.append(f"KL {e['kl']:.4f} nats per token")
+        parts.append(f"{100 * e['top1']:.1f} % same most likely token")
+    parts[-1] += f" ({e['dataset']}, context {e['seqlen']})"
     return parts
 
 
@@ -94,7 +101,8 @@ def measured_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
         name = f"greedy tokens per second, batch 1, {length}"
         rows.append((name, "", f"{s['tokens_per_second']:.1f}"))
         for device, size in s["peak_memory_bytes"].items():
-            rows.append((f"peak memory while generating ({device})", "", human(size)))
+            whose = "process, Python and PyTorch included" if device == "process" else device
+            rows.append((f"peak memory while generating ({whose})", "", human(size)))
     return rows
 
 
@@ -135,6 +143,18 @@ def worst_layers(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+def dense_parts(report: dict[str, Any]) -> str:
+    """What of the model kept its precision, norms aside, and why."""
+    because: dict[str, list[str]] = {}
+    for name, reason in (report.get("dense") or {}).items():
+        because.setdefault(reason, []).append(f"`{name}`")
+    parts = []
+    for reason, names in because.items():
+        more = f" and {len(names) - WORST} more" if len(names) > WORST else ""
+        parts.append(f"{', '.join(names[:WORST])}{more} ({reason})")
+    return "; ".join(parts)
+
+
 def settings_rows(stored: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str]]:
     """What was asked for, without what follows from it and without fields left to the library."""
     rows: list[tuple[str, str]] = []
@@ -146,6 +166,9 @@ def settings_rows(stored: dict[str, Any], report: dict[str, Any]) -> list[tuple[
     for name, value in (stored.get("calibration") or {}).items():
         if value is not None:
             rows.append((f"calibration {name}", f"`{_cell(value)}`"))
+    for name, text in (("seconds", "seconds"), ("cpu_seconds", "seconds of processor time")):
+        if report.get(name):
+            rows.append((f"quantized in, {text}", f"{report[name]:.1f}"))
     for name in ("format_version", "hf_vq_version"):
         if stored.get(name):
             rows.append((name, f"`{_cell(stored[name])}`"))
@@ -155,19 +178,25 @@ def settings_rows(stored: dict[str, Any], report: dict[str, Any]) -> list[tuple[
     return rows
 
 
-def reproduce(stored: dict[str, Any]) -> str:
+def reproduce(stored: dict[str, Any], dtype: str | None = None) -> str | None:
     """The command that makes this model, as exactly as the config remembers it.
 
-    Places of files are not in it: the names of the data and of the original are.
+    Places of files are not in it: the names of the data and of the original are, or the words that
+    `reproduce_notes` explains. dtype: the packed model's, which is that the original was loaded in.
+    None: the model was packed by another program.
     """
+    if stored.get("hf_vq_version") is None:
+        return None
     method = get_method(stored["quant_method"])
     calibration = stored.get("calibration") or {}
-    words = ["hf-vq", "quantize", stored.get("base_model") or "ORIGINAL", "OUT"]
+    words = ["hf-vq", "quantize", stored.get("base_model") or _ORIGINAL, "OUT"]
     words += ["--method", method.name]
     if stored.get("base_model_revision"):
         words += ["--revision", stored["base_model_revision"]]
-    if calibration.get("dataset"):
-        words += ["--dataset", calibration["dataset"]]
+    if data := calibration.get("dataset"):
+        words += ["--dataset", data if _nameable(data) else _TEXT]
+    if dtype is not None:
+        words += ["--dtype", dtype]
     default = method.config().to_dict()
     for name, rule in method.config.rules.items():  # type: ignore[attr-defined]
         # those with a default of their own say what was used
@@ -187,6 +216,30 @@ def reproduce(stored: dict[str, Any]) -> str:
     if stored.get("overrides"):
         words += ["--overrides", json.dumps(stored["overrides"])]
     return shlex.join(words)
+
+
+def dtype_of(model_config: dict[str, Any]) -> str | None:
+    """The dtype that a saved `config.json` names, in the words of `--dtype`."""
+    found = model_config.get("dtype") or model_config.get("torch_dtype")
+    return str(found).removeprefix("torch.") if found else None
+
+
+def reproduce_notes(stored: dict[str, Any]) -> list[str]:
+    """What somebody else needs to know to run the command."""
+    notes = []
+    if stored.get("base_model") is None:
+        notes.append(f"`{_ORIGINAL}` is the folder of the original model.")
+    data = (stored.get("calibration") or {}).get("dataset")
+    if data and not _nameable(data):
+        notes.append(f"`{_TEXT}` stands for what was given in Python: {_cell(data)}.")
+    elif data and "." in data and "/" not in data:
+        notes.append(f"`{_cell(data)}` is a file of whoever made this model.")
+    return notes
+
+
+def _nameable(dataset: str) -> bool:
+    """Whether a description of calibration data is an id or a file's name, which has no spaces."""
+    return not re.search(r"\s", dataset)
 
 
 def _cell(value: Any) -> str:

@@ -29,7 +29,8 @@ def hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise PushError(f"{repo_id!r} is no name that the Hub accepts: {_line(error)}") from error
+        said = _line(error).partition(" Use `repo_type`")[0]  # not something that one can do here
+        raise PushError(f"{repo_id!r} is no name that the Hub accepts: {said}") from error
     except LocalTokenNotFoundError as error:
         raise PushError(_log_in()) from error
     except OfflineModeIsEnabled as error:
@@ -74,7 +75,8 @@ def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
     if status == 403:
         return (
             f"this token may not write to {repo_id} ({said}): it belongs to somebody else, or the "
-            "token is read-only. Push to a name of your own, or open a pull request (create_pr)"
+            "token is read-only. Push to a name of your own, or open a pull request (--create-pr, "
+            "create_pr=True)"
         )
     if status == 400:
         return f"the Hub refuses {repo_id}: {said}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from importlib import resources
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import jinja2
 
 from hf_vq.files import write_text
-from hf_vq.hub.card_rows import measured_rows, reproduce, settings_rows, task_rows
+from hf_vq.hub.card_rows import dtype_of, measured_rows, reproduce, settings_rows, task_rows
 from hf_vq.hub.checkpoint import Checkpoint, read_checkpoint
 from hf_vq.hub.record import read_record
 from hf_vq.sizes import human
@@ -30,6 +31,7 @@ def render_page(folder: str | Path) -> str:
     evaluations = record.get("evaluations", [])
     first = evaluations[0] if evaluations else None
     stored = checkpoint.settings
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base = stored.get("base_model")
     template = (resources.files("hf_vq.model_cards") / "report.html.j2").read_text("utf-8")
     page = jinja2.Environment(
@@ -49,7 +51,7 @@ def render_page(folder: str | Path) -> str:
         samples=[e for e in evaluations if e.get("sample") is not None],
         tasks=task_rows(record.get("tasks", [])),
         settings=[(name, value.strip("`")) for name, value in settings_rows(stored, report)],
-        command=reproduce(stored),
+        command=reproduce(stored, dtype_of(config)),
         notes=report.get("notes", []),
     )
 
@@ -77,8 +79,11 @@ def _tiles(
             tiles.append((f"{evaluation['kl']:.3f}", "KL to the original", "nats per token"))
             tiles.append((f"{100 * evaluation['top1']:.1f} %", "same most likely token", ""))
     if report.get("seconds"):
+        cpu = report.get("cpu_seconds")
+        of_cpu = f"{cpu:.0f} s of processor time" if cpu else ""
         device = (report.get("environment") or {}).get("device", "")
-        tiles.append((f"{report['seconds']:.0f} s", "to quantize", device))
+        note = ", ".join(filter(None, (of_cpu, device)))
+        tiles.append((f"{report['seconds']:.0f} s", "to quantize", note))
     return tiles
 
 

@@ -16,6 +16,9 @@ import torch
 
 from hf_vq.methods.feedback import Factor, factorize, fold, unfold
 
+# Tokens per input channel that make the shift half as certain as it looks.
+_SHRINKAGE = 8
+
 
 @dataclass
 class Statistics:
@@ -43,6 +46,10 @@ class Statistics:
     _order: torch.Tensor | None = field(default=None, repr=False)
     sensitivity: torch.Tensor | None = None
     mean: torch.Tensor | None = None
+
+    def trust(self) -> float:
+        """How much of a shift to believe, 0 to 1: its noise grows with channels per token."""
+        return self.tokens / (self.tokens + _SHRINKAGE * len(self.hessian))
 
     def factor(self, damping: float, descending: bool = False) -> Factor:
         """The damped and factored Hessian, shared by all matrices that read the same input.

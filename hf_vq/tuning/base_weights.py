@@ -46,17 +46,23 @@ class BaseWeights:
 
         Raises ValueError if the original has no such matrix.
         """
+        found = self.find(f"{name}.weight")
+        if found is None:
+            raise ValueError(
+                f"{name}: {self._where} has no {name}.weight; pass base_model=, the very model "
+                "that this one was quantized from"
+            )
+        return found.to("cpu", torch.float32)
+
+    def find(self, name: str) -> Tensor | None:
+        """The tensor that the packed model would call `name`, as it is stored, if there is one."""
         for key in (name, self._prefix + name, name.removeprefix(self._prefix)):
-            key = f"{key}.weight"
             if key in self._dense:
-                return self._dense[key].detach().to("cpu", torch.float32)
+                return self._dense[key].detach()
             if key in self._files:
                 with safe_open(self._files[key], framework="pt") as file:
-                    return file.get_tensor(key).float()
-        raise ValueError(
-            f"{name}: {self._where} has no {name}.weight; pass base_model=, the very model that "
-            "this one was quantized from"
-        )
+                    return file.get_tensor(key)
+        return None
 
 
 def _download(source: str) -> str:

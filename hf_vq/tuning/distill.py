@@ -1,5 +1,8 @@
 """Tuning a packed model to its original, end to end: KL to the original's next-token distributions.
 
+What is trained is the adapter, where there is one, over packed layers that stay as they are; else
+the codebooks.
+
 Quantizing makes every matrix right for itself, and a few thousand numbers, the codebooks, decide
 what all codes mean. `tune` trains them by Adam on KL(original || packed), with the codes fixed, as
 AQLM (arXiv 2401.06118, section 3.4) and VPTQ (arXiv 2409.17066, section 4.2) do, or with codes that
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Root mean squares of a tensor per step, at the peak of the schedule.
 _LEARNING_RATE = 2e-3
+# Of an adapter, half of which may begin at zero: as it is.
+_ADAPTER_RATE = 1e-4
 _TOKENS_PER_STEP = 4096
 # Values of one micro-batch's logits.
 _MAX_LOGITS = 1 << 24
@@ -70,20 +75,23 @@ def tune(
     teacher_logits: str | None = None,
     seed: int = 0,
 ) -> Tuning:
-    """Train codebooks, scales and norms of a packed model end to end, in place.
+    """Train a packed model, or an adapter over it, to say what the original says; in place.
 
-    The codes stay unless `reassign` is given, and the model saves in the same format as before. On
-    the CPU everything runs in float32, elsewhere in the model's dtype.
+    Of a packed model: codebooks, scales and norms. The codes stay unless `reassign` is given, and
+    the model saves in the same format as before. Of a PeftModel: whatever requires grad, which is
+    the active adapter, and nothing else. On the CPU everything runs in float32, elsewhere in the
+    model's dtype.
 
     Args:
-        model: a packed causal language model, without adapters.
+        model: a packed causal language model, or a PeftModel over one.
         teacher: the original: a model, a folder or an id. None: the one the config names.
         dataset: as in the configs (`hf_vq.engine.calibration.load_calibration`); text like that
             which the model is for. More helps: the default is 512 windows.
         steps: optimizer steps. None: as many as go through the data once, at least 100.
         nsamples, seqlen: windows and their tokens. seqlen None: the model's context, at most 2048.
         tokens_per_step: tokens of one optimizer step, rounded to whole windows.
-        learning_rate: peak, in root mean squares of each tensor. None: 2e-3.
+        learning_rate: peak, in root mean squares of each tensor (None: 2e-3); of an adapter Adam's
+            own (None: 1e-4).
         reassign: share of all codes that a step may change, 0 to 1; say 0.002. Takes five
             float32 values per weight (`hf_vq.tuning.codes`). 0: the codes stay.
         train_unquantized: train dense embeddings and linear layers too, such as an output head that
@@ -97,13 +105,17 @@ def tune(
         A `Tuning`; where nothing was gained the model is as it was.
 
     Raises:
-        ValueError: no packed layers, a wrong `steps`, or fewer than two windows.
+        ValueError: no packed layers, a wrong `steps`, fewer than two windows, or an adapter that is
+            frozen, merged, or given options of codebooks.
         CalibrationError: the dataset cannot be used.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps}: at least 1 is needed")
     if not 0 <= reassign <= 1:
         raise ValueError(f"reassign={reassign}: a share of all codes is needed, 0 to 1")
+    adapted = hasattr(model, "peft_config")  # a PeftModel, or Transformers' own `add_adapter`
+    if adapted:
+        _check_adapter(model, reassign or train_unquantized)
     windows = tuning_windows(model, dataset, tokenizer, nsamples, seqlen, seed)
     if len(windows) < 2:
         raise ValueError(
@@ -118,16 +130,17 @@ def tune(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     mover = None
+    rate = _ADAPTER_RATE if adapted else _LEARNING_RATE
     try:
-        make_trainable(model, train_unquantized)
+        if not adapted:
+            make_trainable(model, train_unquantized)
         with _wide(model):
             masters = Masters(model)
             mover = CodeMover(model, reassign) if reassign else None
             run = _Runner(model, source, windows)
-            rate = _LEARNING_RATE if learning_rate is None else learning_rate
             before = best = run.kl(judges)
             state = masters.state(), mover.state() if mover else []
-            optimizer = masters.optimizer(rate)
+            optimizer = masters.optimizer(learning_rate or rate, relative=not adapted)
             factor = _schedule(steps)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
             batches = _batches(pool, per_step, seed)
@@ -151,10 +164,31 @@ def tune(
     finally:
         if mover is not None:
             mover.restore()
-        store_trained(model)
+        if not adapted:
+            store_trained(model)
         for module, training in modes:
             module.training = training
     return Tuning(before, best, steps, count, 0 if mover is None else mover.changed)
+
+
+def _check_adapter(model: nn.Module, of_codebooks: object) -> None:
+    from hf_vq.tuning.peft import adapter_layers, merged_layers
+
+    if of_codebooks:
+        raise ValueError(
+            "reassign and train_unquantized are of codebooks, and this model has an adapter, which "
+            "is what tune trains then: leave them out, or unload the adapter"
+        )
+    if any(merged_layers(model)):
+        raise ValueError("the adapter is merged: call model.unmerge_adapter() before tuning")
+    if not any(adapter_layers(model)):
+        raise ValueError(
+            "the adapter is on no packed layer; give its config target_modules that are"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "the adapter is frozen: load it with is_trainable=True, or call model.set_adapter(name)"
+        )
 
 
 def _schedule(steps: int) -> Any:

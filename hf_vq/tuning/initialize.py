@@ -1,10 +1,13 @@
 """LoRA that begins with what quantization lost.
 
 A fresh adapter does nothing, and the first steps of training go into making up for the error of the
-packed weights. The best low-rank correction is known before: for a layer with inputs of second
-moment H = L L^T, ``min ||(W - Q - s B A) L||`` over matrices of rank r is the truncated SVD of
-``(W - Q) L``, times L^-1 (QERA, arXiv 2410.06040, section 4.2; LoftQ, arXiv 2310.08659, is the case
-L = 1). Blocks are done in order, each on inputs that come from the corrected blocks before it.
+packed weights. The best low-rank correction is known before. A layer is given x in the original and
+x' in the packed model, with what has been corrected of it so far; with H = E x' x'^T = R R^T and
+C = E x x'^T, ``min E ||W x - (Q + s B A) x'||^2`` over matrices of rank r is the truncated SVD of
+``(W C H^-1 - Q) R``, times R^-1. QERA (arXiv 2410.06040, section 4.2) is the case x = x', and LoftQ
+(arXiv 2310.08659) that of R = 1 as well. Both take ``W - Q`` for the error, and it is not: the
+quantizers here aim at ``W C H^-1`` themselves (`hf_vq.methods.feedback.correction`), so a part of
+it makes up for earlier layers, and to correct that does harm.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from torch import Tensor, nn
 
 from hf_vq.engine.blocks import BlockPath, StopForward, capture, find_blocks
 from hf_vq.layers import PackedLinear
-from hf_vq.methods.statistics import HessianAccumulator
+from hf_vq.methods.feedback import correction
+from hf_vq.methods.statistics import HessianAccumulator, Statistics
 from hf_vq.tuning.base_weights import BaseWeights
+from hf_vq.tuning.originals import original_block, original_embeddings
 from hf_vq.tuning.peft import adapter_layers
 from hf_vq.tuning.teacher import tuning_windows
 
@@ -41,12 +46,13 @@ def init_adapter_from_quantization_error(
     """Start a LoRA adapter at the best low-rank correction of its packed layers, in place.
 
     The packed weights stay as they are, so the adapter is saved and loaded like any other. Weights
-    of the original are read one at a time.
+    of the original are read one block at a time.
 
     Args:
         model: a PeftModel, or a model with an adapter added, over packed layers; LoRA, with or
             without `use_dora` and `use_rslora`.
-        dataset: calibration data, as in the configs. None: all inputs count the same.
+        dataset: calibration data, as in the configs. None: all inputs count the same, and are taken
+            for those of the original, so the error corrected is W - Q.
         base_model: the original: a model, a folder or an id. None: the one the config names.
         adapter_name: which adapter. None: the active one.
         tokenizer: for texts. None: the model's own.
@@ -110,32 +116,37 @@ class _Start:
         self.left: dict[str, float] = {}
 
     @torch.no_grad()
-    def set(self, name: str, hessian: Tensor | None) -> None:
-        """hessian: float32 (in_features, in_features) of the layer's inputs; None: the identity."""
+    def set(self, name: str, statistics: Statistics | None) -> None:
+        """statistics: of the layer's inputs; None: all count the same, and are the original's."""
         layer, packed = self.layers[name], self.layers[name].base_layer
         assert isinstance(packed, PackedLinear)
         adapter = _name(layer, self.adapter)
         device = packed.qweight.device
         quantized = packed.dequantize(torch.float32)
-        error = self.weights(name).to(device) - quantized
-        lower = None
-        if hessian is not None:
-            hessian = hessian.to(device)
-            mean = float(hessian.diagonal().mean())
-            hessian.diagonal().add_(self.damping * mean + 1e-12)
-            lower = torch.linalg.cholesky(hessian)
-        weighted = error if lower is None else error @ lower
+        weight = self.weights(name).to(device)
+        upper = None
+        if statistics is not None:
+            factor = statistics.factor(self.damping)
+            upper = factor.upper
+            if statistics.shift is not None:
+                pull = (weight @ statistics.shift).mul_(statistics.trust())
+                weight = weight + correction(pull, factor)  # the first may be the original's own
+        error = weight - quantized
+        weighted = error if upper is None else error @ upper
         a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         u, s, vh = self._svd(weighted, a.shape[0])
         right = s.sqrt()[:, None] * vh
-        if lower is not None:
-            right = torch.linalg.solve_triangular(lower, right, upper=False, left=False)
+        if upper is not None:
+            right = torch.linalg.solve_triangular(upper, right, upper=True, left=False)
         left = u * s.sqrt()
         scaling = float(layer.scaling[adapter])
+        # Both factors of a direction as large per entry: one learning rate has to suit them all
+        ratio = left.square().mean(0) / right.square().mean(1)
+        balance = torch.where(s > 0, ratio, 1.0).pow(0.25)
         a.zero_()
         b.zero_()
-        a[: len(s)] = (right * scaling**-0.5).to(a.dtype)
-        b[:, : len(s)] = (left * scaling**-0.5).to(b.dtype)
+        a[: len(s)] = (right * (balance * scaling**-0.5)[:, None]).to(a.dtype)
+        b[:, : len(s)] = (left / (balance * scaling**0.5)).to(b.dtype)
         total = float(weighted.double().square().sum())
         self.left[name] = 1 - float(s.double().square().sum()) / total if total else 0.0
         if adapter in getattr(layer, "lora_magnitude_vector", {}):  # DoRA: rows keep their length
@@ -158,39 +169,98 @@ class _Start:
 
 @torch.no_grad()
 def _walk(model: nn.Module, windows: Tensor, start: _Start) -> None:
+    """Both models, block by block: the packed one with what has been corrected of it so far."""
     blocks = find_blocks(model)
     device = next(model.parameters()).device
     batches = [window.to(device) for window in windows.split(1)]
     captured = capture(model, list(blocks.values()), batches, type(model).__name__)
-    hidden = captured.hidden
+    hidden = dense = captured.hidden
+    with original_embeddings(model, start.weights) as other:
+        if other:
+            dense = capture(model, list(blocks.values()), batches, type(model).__name__).hidden
+    hidden, dense = [[states.cpu() for states in stream] for stream in (hidden, dense)]
+    captured.hidden = []
+    corrected = [n for n in blocks if any(layer.startswith(f"{n}.") for layer in start.layers)]
     for index, (name, block) in enumerate(blocks.items()):
-        inside = {n.removeprefix(f"{name}."): n for n in start.layers if n.startswith(f"{name}.")}
-        path = BlockPath(block, index, captured, next(block.parameters()).device)
-        if inside:
-            linears = {short: start.layers[full] for short, full in inside.items()}
-            for group in path.probe(linears, hidden[0]).groups:
-                # one after another: the first of a block change what the later ones are given
-                sums = _inputs(path, linears[group[0]], hidden)
-                hessian = sums.statistics().hessian if sums.tokens else None
-                for short in group:
-                    start.set(inside[short], None if hessian is None else hessian.clone())
-        for batch, states in enumerate(hidden):
-            out = path.run(batch, states)
-            assert out is not None
-            hidden[batch] = out.to(states.device)
+        if corrected and name == corrected[-1]:
+            corrected = []  # behind it nothing is wanted
+        original = original_block(name, block, start.weights)
+        home = next(block.parameters()).device
+        with (
+            BlockPath(block, index, captured, home) as path,
+            BlockPath(original, index, captured, home) as dense_path,
+        ):
+            _correct(name, path, dense_path, hidden, dense, start)
+            if not corrected:
+                return
+            for one, stream in ((path, hidden), (dense_path, dense)):
+                for batch, states in enumerate(stream):
+                    out = one.run(batch, states)
+                    assert out is not None
+                    stream[batch] = out.cpu()
+                    one.forget(batch)
 
 
-def _inputs(path: BlockPath, layer: Any, hidden: list[Tensor]) -> HessianAccumulator:
-    sums = HessianAccumulator(layer.base_layer.in_features, path.device)
+def _correct(
+    name: str,
+    path: BlockPath,
+    dense_path: BlockPath,
+    hidden: list[Tensor],
+    dense: list[Tensor],
+    start: _Start,
+) -> None:
+    """Set the adapters of one block, those first that change what the later ones are given."""
+    inside = {n.removeprefix(f"{name}."): n for n in start.layers if n.startswith(f"{name}.")}
+    if not inside:
+        return
+    linears = {short: start.layers[full] for short, full in inside.items()}
+    layout = path.probe(linears, hidden[0])
+    kept = layout.replayable | layout.small
+    # accelerate's hooks are in the place of a module's forward, where a replay would be
+    kept = {child for child in kept if "forward" not in path.block.get_submodule(child).__dict__}
+    for one in (path, dense_path):
+        one.replay(kept)
+    path.recording = layout.settled(()) & kept
+    dense_path.recording = kept
+    done: list[str] = []
+    for group in layout.groups:
+        statistics = _statistics(path, dense_path, group[0], linears[group[0]], hidden, dense)
+        for short in group:
+            start.set(inside[short], statistics)
+        done += group
+        path.recording = layout.settled(done) & kept
+
+
+def _statistics(
+    path: BlockPath,
+    dense_path: BlockPath,
+    leader: str,
+    layer: Any,
+    hidden: list[Tensor],
+    dense: list[Tensor],
+) -> Statistics | None:
+    """Of a linear's inputs in both models; None if no token reaches it."""
+    sums = HessianAccumulator(layer.in_features, path.device, with_shift=True)
+    for batch, states in enumerate(hidden):
+        here = _input(path, leader, batch, states)
+        there = _input(dense_path, leader, batch, dense[batch])
+        if here is not None:
+            # an expert's tokens may be others in the original, even if they are as many
+            whole = here.shape[:-1].numel() == states.shape[:-1].numel()
+            sums.add(here, there if whole else None)
+    return sums.statistics() if sums.tokens else None
+
+
+def _input(path: BlockPath, name: str, batch: int, states: Tensor) -> Tensor | None:
+    found: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple) -> None:
-        sums.add(args[0].detach())
+        found.append(args[0].detach())
         raise StopForward
 
-    handle = layer.register_forward_pre_hook(note)
+    handle = path.block.get_submodule(name).register_forward_pre_hook(note)
     try:
-        for batch, states in enumerate(hidden):
-            path.run(batch, states)
+        path.run(batch, states)
     finally:
         handle.remove()
-    return sums
+    return found[0] if found else None

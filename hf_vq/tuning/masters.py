@@ -17,7 +17,8 @@ class Masters:
 
     def __init__(self, model: nn.Module):
         self.layers: list[tuple[PackedLinear, dict[str, Tensor]]] = []
-        self.others: list[tuple[nn.Parameter, Tensor]] = []  # norms, and dense weights
+        # norms and dense weights, or an adapter
+        self.others: list[tuple[nn.Parameter, Tensor]] = []
         for layer in trainable_linears(model).values():
             live = layer.packed()
             mine = {name: live[name].detach().clone() for name in trained_names(layer.spec)}
@@ -37,8 +38,12 @@ class Masters:
             yield from (live[name] for name in mine)
         yield from (parameter for parameter, _ in self.others)
 
-    def optimizer(self, rate: float) -> torch.optim.Optimizer:
-        sizes = [float(m.square().mean().sqrt().clamp_min(1e-12)) for m in self.masters]
+    def optimizer(self, rate: float, relative: bool = True) -> torch.optim.Optimizer:
+        """Adam; rate: with `relative`, in root mean squares of each tensor as it is now."""
+        sizes = [
+            float(m.square().mean().sqrt().clamp_min(1e-12)) if relative else 1.0
+            for m in self.masters
+        ]
         groups = [{"params": [m], "lr": rate * s} for m, s in zip(self.masters, sizes, strict=True)]
         return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
 

@@ -26,6 +26,13 @@ def test_a_dry_run_lists_and_sends_nothing(hub, folder):  # noqa: F811
     assert "left out: notes.txt" in said and ".hidden" not in said
 
 
+def test_what_is_said_beside_the_table_stays_on_one_line(hub, folder):  # noqa: F811
+    result = runner.invoke(app, ["push", str(folder), "me/model"], env={"COLUMNS": "20"})
+    assert "left out: notes.txt, not part of a model\n" in result.output
+    note = next(line for line in result.output.splitlines() if line.startswith("note: "))
+    assert note.endswith("add `license:` to its metadata")
+
+
 def test_a_push(hub, folder):  # noqa: F811
     code, said = push(
         *(folder, "me/model", "--private", "--tag", "small", "--include", "notes.txt"),

@@ -42,6 +42,19 @@ def test_lines_and_json():
     assert report["bits"] == pytest.approx(SPEC.bits_per_weight)
     assert report["peak_memory_bytes"]["process"] > 1 << 20
     assert report["notes"] == ["something odd"]
+    assert report["seconds"] > 0
+
+
+def test_processor_time_is_counted_beside_the_clock_s(monkeypatch):
+    clock = {"perf_counter": [100.0, 112.5], "process_time": [5.0, 8.25]}
+    for name, times in clock.items():
+        monkeypatch.setattr(f"hf_vq.engine.report.time.{name}", times.pop)
+        times.reverse()
+    reporter = Reporter(Console(file=io.StringIO()))
+    reporter.start(1, 1)
+    reporter.finish()
+    report = reporter.to_dict()
+    assert (report["seconds"], report["cpu_seconds"]) == (12.5, 3.25)
 
 
 def test_a_bar_with_an_estimate_on_terminals():

@@ -73,8 +73,9 @@ RECORD = {"evaluations": [EVALUATION], "tasks": [TASK]}
 
 def saved_config(config=None, **recorded) -> dict:
     stored = (config or GPTVQConfig(bits=2.25)).to_dict()
-    stored |= {"layers": [{"modules": ["a"]}], "format_version": "1.0", **recorded}
-    return {"model_type": "llama", "quantization_config": stored}
+    stored |= {"layers": [{"modules": ["a"]}], "format_version": "1.0", "hf_vq_version": "0.1.0"}
+    stored |= recorded
+    return {"model_type": "llama", "dtype": "bfloat16", "quantization_config": stored}
 
 
 def test_metadata_places_the_model_under_its_base():
@@ -90,8 +91,8 @@ def test_what_was_not_measured_is_not_evaluated_and_says_how():
     text = render_card(saved_config())
     data = ModelCard(text).data.to_dict()
     assert "base_model" not in data and "base_model_relation" not in data
-    assert "model-index" not in data and "## Size" not in text and "## Layers" not in text
-    measured = text.split("## Measured")[1].split("##")[0]
+    assert "model-index" not in data and "## Size" not in text and "## Layer by layer" not in text
+    measured = text.split("## How good it is")[1].split("##")[0]
     assert measured.count("not evaluated") == 2
     assert "hf-vq eval FOLDER --against" in measured and "--tasks" in measured
 
@@ -146,13 +147,13 @@ def test_results_in_the_metadata_are_those_measured():
 def test_without_an_original_nothing_is_made_up():
     alone = {"seqlen": 8, "windows": 3, "perplexity": 30.0, "dataset": "x", "command": "y"}
     text = render_card(saved_config(), None, {"evaluations": [alone]})
-    rows = text.split("## Measured")[1].split("##")[0]
+    rows = text.split("## How good it is")[1].split("##")[0]
     assert "| perplexity | not evaluated | 30.000 |" in rows
     assert "| KL to the original, mean (nats per token) | 0 | not evaluated |" in rows
 
 
 def test_the_worst_five_layers_are_named_in_order():
-    layers = render_card(saved_config(), REPORT).split("## Layers")[1].split("##")[0]
+    layers = render_card(saved_config(), REPORT).split("## Layer by layer")[1].split("##")[0]
     assert re.findall(r"`layers\.(\d)", layers) == ["6", "5", "4", "3", "2"]
 
 
@@ -184,7 +185,7 @@ def test_cells_cannot_break_the_table():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (GPTVQConfig(bits=2.25), "--method gptvq --dataset texts.txt --bits 2.25"),
+        (GPTVQConfig(bits=2.25), "--method gptvq --dataset texts.txt --dtype bfloat16 --bits 2.25"),
         (VPTQConfig(bits=3, finetune_steps=96), "--finetune-steps 96"),
         (VPTQConfig(size="7GB"), "--size 7GB"),
         (CVXQConfig(bits=3, bias_correction=True), "--bias-correction"),
@@ -204,8 +205,8 @@ def test_the_command_makes_the_same_config(config, words):
 
     calibration = {"dataset": "texts.txt", "seed": 0, "nsamples": 16, "seqlen": 64}
     stored = {**config.to_dict(), "base_model": "org/base", "calibration": calibration}
-    command = reproduce(stored)
-    assert words in command
+    command = reproduce({**stored, "hf_vq_version": "0.1.0"}, "bfloat16")
+    assert command is not None and words in command
     app, made = typer.Typer(), []
 
     def quantize(
@@ -213,6 +214,7 @@ def test_the_command_makes_the_same_config(config, words):
         out: str,
         method: str = "",
         dataset: str = "",
+        dtype: str = "auto",
         modules_to_not_convert: list[str] | None = None,
         overrides: str | None = None,
         *,
@@ -232,6 +234,56 @@ def test_the_command_makes_the_same_config(config, words):
     assert result.exit_code == 0, result.output
     expected = {**config.to_dict(), "nsamples": 16, "seqlen": 64, "seed": 0}
     assert made[0].to_dict() == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "dataset", "word", "note"),
+    [
+        ("org/base", "org/texts:train", "org/texts:train", None),
+        ("org/base", "texts.txt", "texts.txt", "`texts.txt` is a file of whoever made this"),
+        ("org/base", "12 strings", "TEXT", "`TEXT` stands for what was given in Python: 12 str"),
+        (None, "org/texts", "ORIGINAL", "`ORIGINAL` is the folder of the original model."),
+    ],
+)
+def test_what_a_stranger_lacks_for_the_command_is_said(base, dataset, word, note):
+    config = saved_config(base_model=base, calibration={"dataset": dataset, "seed": 0})
+    made = render_card(config).split("## How it was made")[1].split("<details>")[0]
+    command = re.search(r"```bash\n(.*)\n```", made)
+    assert command is not None and f" {word} " in command[1]
+    after = made[command.end() :]
+    assert note in after if note else after.startswith("\n\nThe same input")
+
+
+def test_how_another_program_packed_a_model_is_not_made_up():
+    text = render_card(saved_config(hf_vq_version=None))
+    assert "hf-vq quantize" not in text and "By another program than hf_vq" in text
+
+
+def test_the_answer_comes_first():
+    lines = render_card(saved_config(base_model="org/base"), REPORT, RECORD).splitlines()
+    title = lines.index("# base-gptvq")
+    assert lines[title + 2] == (
+        "**8.000 MB → 2.900 MB, 2.241 bits per compressed weight, everything counted. Perplexity "
+        "20.890 → 24.123, KL 0.1654 nats per token, 77.1 % same most likely token (some-corpus, "
+        "context 512). Quantized in 14.2 s with a peak of 734.003 MB of memory on CPU (model 7).**"
+    )
+
+
+def test_processor_time_stands_beside_the_clock_s():
+    text = render_card(saved_config(), {**REPORT, "cpu_seconds": 9.5})
+    assert "Quantized in 14.2 s (9.5 s of processor time) with a peak of" in text
+
+
+def test_what_kept_its_precision_is_named():
+    dense = {
+        **{f"layers.{i}.norm_proj": "too small" for i in range(7)},
+        "lm_head": "the output head",
+    }
+    text = render_card(saved_config(), {**REPORT, "dense": dense})
+    named = (
+        "`layers.3.norm_proj`, `layers.4.norm_proj` and 2 more (too small); `lm_head` (the output"
+    )
+    assert named in text and "layers.5.norm" not in text
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "gptvq"}}])
@@ -306,6 +358,16 @@ def test_text_around_the_generated_part_stays(folder):
     add_to_record(folder, {**EVALUATION, "perplexity": 99.0})
     assert write_card(folder)
     assert "## My limits" in card_of(folder) and "| 99.000 |" not in card_of(folder)
+
+
+def test_the_license_of_an_earlier_card_stays_in_the_text_too(folder):
+    text = card_of(folder).replace("library_name:", "license: mit\nlibrary_name:", 1)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    add_to_record(folder, EVALUATION)
+    assert write_card(folder)
+    assert ModelCard(card_of(folder)).data.license == "mit" and "its license (mit)" in card_of(
+        folder
+    )
 
 
 def test_no_card_beside_a_dense_model(tmp_path):

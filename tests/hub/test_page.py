@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -63,6 +64,11 @@ def test_everything_is_on_the_page_and_nothing_elsewhere(folder):
     for figure in ("24.123", "0.1654", "77.1 %", "arc_easy", "17.4"):
         assert figure in page
     assert page.count("<circle") == 4 and page.count("<rect") == 2 * len(checkpoint.matrices)
+    report = json.loads((folder / "quantization_report.json").read_text("utf-8"))
+    assert (
+        f"{report['cpu_seconds']:.0f} s of processor time, {report['environment']['device']}"
+        in page
+    )
     assert "A &lt;b&gt; &amp; so on" in page and "&lt;/script&gt; end" in page
     assert page.count("</script>") == 1
 
@@ -78,6 +84,14 @@ def test_a_model_without_a_report(folder):
     page = render_page(folder)
     parsed(page)
     assert page.count("<svg") == 1, "bits are known, errors are not"
+
+
+def test_a_model_of_another_program(folder):
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    del config["quantization_config"]["hf_vq_version"]
+    (folder / "config.json").write_text(json.dumps(config))
+    page = render_page(folder)
+    assert "By another program than hf_vq" in page and "hf-vq quantize" not in page
 
 
 def test_the_command(folder, tmp_path):

@@ -15,85 +15,27 @@ from typing import Any
 import hf_vq_kernels
 import pytest
 import torch
-from helpers import ODD_SPECS, random_gptvq
-from helpers_cvxq import ODD_CVXQ, random_cvxq, with_depths
-from helpers_vptq import ODD_VPTQ, random_vptq
+from filelock import FileLock
+from helpers_cpu import (
+    CASES,
+    GPTVQ,
+    TOLERANCE,
+    VPTQ,
+    assert_close,
+    needs_compiler,
+    packed_weight,
+)
 from hf_vq_kernels import cpu_build, cpu_proof, cpu_vptq
 from torch import Tensor
 
-from hf_vq.formats import cvxq, gptvq, vptq
-from hf_vq.formats.gptvq import GPTVQSpec
-from hf_vq.formats.vptq import VPTQSpec
 from hf_vq.layers.operators import OPERATORS
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-needs_compiler = pytest.mark.skipif(
-    cpu_build.unavailable() is not None, reason=f"no compiled backend: {cpu_build.unavailable()}"
-)
-
-# name: (out, in, d, k, group rows, group columns, codebook dtype, scale block); rows and columns
-# that are no multiple of anything, tables of one to four registers, one or two rows per register
-GPTVQ = {
-    "2d-k16-tail": GPTVQSpec(37, 172, 2, 16, 37, 172),
-    "2d-k16-scales": GPTVQSpec(45, 896, 2, 16, 19, 128, "int8", 32),
-    "2d-k16-linear-scales": GPTVQSpec(17, 896, 2, 16, 8, 256, "int8", 16, "linear"),
-    "4d-k256": GPTVQSpec(53, 4864, 4, 256, 21, 128),
-    "4d-k256-scales": GPTVQSpec(33, 1100, 4, 256, 33, 128, "int8", 32),
-    "4d-k100": GPTVQSpec(19, 260, 4, 100, 7, 128),
-    "2d-k64": GPTVQSpec(35, 896, 2, 64, 13, 128, "int8", 64),
-    "1d-k8": GPTVQSpec(18, 11008, 1, 8, 9, 512),
-    "8d-k256": GPTVQSpec(21, 1032, 8, 256, 21, 1032),
-    "4d-int4": GPTVQSpec(20, 172, 4, 64, 20, 64, "int4"),
-    "4d-k1024": GPTVQSpec(20, 172, 4, 1024, 20, 64),
-}
-VPTQ = {
-    "v8": VPTQSpec(61, 172, 8, 256),
-    "v6-norm": VPTQSpec(50, 896, 6, 64, norm="columns", permuted=True),
-    "v12-residual": VPTQSpec(50, 172, 12, 64, 32, norm="rows"),
-    "v4-groups": VPTQSpec(29, 1024, 4, 256, num_groups=4, norm="columns"),
-}
-CVXQ = {
-    "g128": with_depths(200, 172, 128),
-    "g24-perm": with_depths(70, 896, 24, "log8", "int8", permuted=True),
-}
-
-
-def cases() -> dict[str, Any]:
-    """name -> spec."""
-    out: dict[str, Any] = {}
-    for kind, specs in (
-        ("gptvq", {**GPTVQ, **ODD_SPECS}),
-        ("vptq", {**VPTQ, **ODD_VPTQ}),
-        ("cvxq", {**CVXQ, **ODD_CVXQ}),
-    ):
-        small = {name: spec for name, spec in specs.items() if spec.out_features < 1000}
-        out |= {f"{kind}-{name}": spec for name, spec in small.items()}
-    return out
-
-
-CASES = cases()
-RANDOM = {"gptvq": random_gptvq, "vptq": random_vptq, "cvxq": random_cvxq}
-PACK = {"gptvq": gptvq.pack, "vptq": vptq.pack, "cvxq": cvxq.pack}
-
-
-def assert_close(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Relative error in the Frobenius norm, reported by name."""
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, name
-    ours, theirs = ours.double(), theirs.double()
-    error = (ours - theirs).norm() / theirs.norm().clamp_min(1e-30)
-    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
-
-
-def packed_weight(spec: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """Random packed tensors of `spec`, and the weight that they decode to."""
-    packed = PACK[spec.method](RANDOM[spec.method](spec, 0), spec)
-    with hf_vq_kernels.use_backend("torch"):
-        return packed, OPERATORS[spec.method].dequantize(packed, spec, torch.float32)
+MORE_THAN_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def check(
     name: str,
-    counts: tuple[int, ...] = (1, 3, 17, 65),
+    counts: tuple[int, ...] = (1, 2, 3, 17, 65),
     dtypes: Iterable[torch.dtype] = TOLERANCE,
 ) -> None:
     """Token counts and dtypes of one case, forced to the compiled backend."""
@@ -124,12 +66,24 @@ def test_codebooks_in_float16(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     check(name, (1, 3))
 
 
+def compiled(factory: pytest.TempPathFactory, name: str, *variant: str) -> ctypes.CDLL:
+    """The sources compiled otherwise than for this processor, once for all test processes."""
+    folder = factory.getbasetemp().parent / f"hf_vq-{name}"
+    with pytest.MonkeyPatch.context() as patch, FileLock(f"{folder}.lock"):
+        patch.setattr(cpu_build, "_VARIANTS", (variant,))
+        return ctypes.CDLL(str(cpu_build.build(folder)))
+
+
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The same sources without the instructions of this processor, and without OpenMP."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_build, "_VARIANTS", (("-pthread",),))
-        return ctypes.CDLL(str(cpu_build.build(tmp_path_factory.mktemp("portable"))))
+    return compiled(tmp_path_factory, "portable", "-pthread")
+
+
+@pytest.fixture(scope="module")
+def avx2(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The same sources for AVX2, on processors that have more."""
+    return compiled(tmp_path_factory, "avx2", "-march=x86-64-v3", "-pthread")
 
 
 @needs_compiler
@@ -139,13 +93,19 @@ def test_portable_code(name: str, portable: ctypes.CDLL, monkeypatch: pytest.Mon
     check(name)
 
 
+@needs_compiler
+@pytest.mark.skipif(not MORE_THAN_AVX2, reason="the processor has no AVX-512, so AVX2 is native")
+@pytest.mark.parametrize("name", CASES)
+def test_avx2(name: str, avx2: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_build, "library", lambda: avx2)
+    check(name, (1, 2, 5, 17))
+
+
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The same sources with AMX tiles that are emulated in C."""
     header = str(Path(__file__).parent / "emulated_tiles.h")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_build, "_VARIANTS", (("-march=native", "-include", header, "-pthread"),))
-        return ctypes.CDLL(str(cpu_build.build(tmp_path_factory.mktemp("tiles"))))
+    return compiled(tmp_path_factory, "tiles", "-march=native", "-include", header, "-pthread")
 
 
 @needs_compiler
@@ -154,25 +114,46 @@ def test_products_on_tiles(name: str, tiles: ctypes.CDLL, monkeypatch: pytest.Mo
     monkeypatch.setattr(cpu_build, "library", lambda: tiles)
     products = ctypes.c_int.in_dll(tiles, "emulated_products")
     products.value = 0
-    check(name, (6, 17, 65), (torch.bfloat16,))
+    check(name, (65,), (torch.bfloat16,))
     assert products.value > 0
 
 
 @needs_compiler
 @pytest.mark.parametrize("planted", [float("nan"), float("inf"), 1e30, 1e-42, 0.0])
-def test_extreme_activations(planted: float) -> None:
-    spec = GPTVQ["4d-k256"]
+@pytest.mark.parametrize(
+    "name", ["gptvq-4d-k256", "vptq-v8", "vptq-v12-residual", "vptq-v4-groups"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_activations(name: str, planted: float, dtype: torch.dtype) -> None:
+    spec = CASES[name]
     packed, weight = packed_weight(spec)
-    x = torch.randn(1, spec.in_features)
+    x = torch.randn(2, spec.in_features).to(dtype)
     x[0, 5] = planted
     if planted == 0:
         x.zero_()
     with hf_vq_kernels.use_backend("c"):
-        y = OPERATORS["gptvq"].linear(x, packed, spec, None)
+        y = OPERATORS[spec.method].linear(x, packed, spec, None)
+    right = (x.double() @ weight.double().T).to(dtype)
     if planted != planted or planted == float("inf"):
-        assert not y.isfinite().any()
+        assert not y[0].isfinite().any()
     else:
-        assert_close("y", y, (x.double() @ weight.double().T).float(), 1e-5)
+        assert_close("y", y[0], right[0], TOLERANCE[dtype])
+    assert_close("the other token", y[1], right[1], TOLERANCE[dtype])
+
+
+@needs_compiler
+def test_a_codebook_of_zeros_and_one_of_outliers() -> None:
+    """Entries are integers of the largest entry of their group, where x has 16 bits."""
+    spec = VPTQ["v4-groups"]
+    packed, _ = packed_weight(spec)
+    packed["centroids.weight"][0] = 0
+    packed["centroids.weight"][1, 3] = 60.0
+    with hf_vq_kernels.use_backend("torch"):
+        weight = OPERATORS["vptq"].dequantize(packed, spec, torch.float32).double()
+    x = torch.randn(1, spec.in_features).half()
+    with hf_vq_kernels.use_backend("c"):
+        y = OPERATORS["vptq"].linear(x, packed, spec, None)
+    assert_close("y", y, (x.double() @ weight.T).half(), 1e-3)
 
 
 @needs_compiler

@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from operator import attrgetter
 
 import hf_vq_kernels
 import pytest
 import torch
+from helpers import random_gptvq
 from helpers_cvxq import random_cvxq, with_depths
+from helpers_vptq import random_vptq
 from hf_vq_kernels import cpu_build, cpu_cvxq, layouts
 from torch import Tensor
 
+from hf_vq.formats import gptvq, vptq
 from hf_vq.formats.cvxq import pack
+from hf_vq.formats.gptvq import GPTVQSpec
+from hf_vq.formats.vptq import VPTQSpec
 from hf_vq.layers import PackedLinear
 
 pytestmark = pytest.mark.skipif(
@@ -126,6 +132,47 @@ def test_inference_tensors_are_not_kept(builds: list[int]) -> None:
         layer.scales.mul_(2)
         assert_right(layer, x)
     assert layouts.nbytes() == 0 and len(builds) > 1
+
+
+OTHERS = {
+    "gptvq": (
+        GPTVQSpec(33, 256, 2, 16, 19, 128, "int4", 32), random_gptvq, gptvq.pack, "codebooks",
+    ),
+    "vptq": (
+        VPTQSpec(50, 172, 6, 64, 16, norm="columns", permuted=True),
+        random_vptq, vptq.pack, "centroids.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_methods(method: str, dtype: torch.dtype) -> None:
+    """Made once, and again after a change; dropped with the layer, and not saved."""
+    spec, random, pack_codes, changed = OTHERS[method]
+    layer = PackedLinear.from_packed(spec, pack_codes(random(spec, 0), spec))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = torch.randn(1, spec.in_features).to(dtype)
+
+    def assert_as_decoded(layer: PackedLinear) -> None:
+        right = (x.double() @ layer.dequantize(torch.float32).double().T).to(dtype)
+        torch.testing.assert_close(layer(x), right, rtol=2e-2, atol=2e-2)
+
+    assert_as_decoded(layer)
+    kept = layouts.nbytes()
+    first = layer(x)
+    assert kept > 0 and layouts.nbytes() == kept
+    assert all(torch.equal(before[name], after) for name, after in layer.state_dict().items())
+    with torch.no_grad():
+        tensor = attrgetter(changed)(layer)
+        tensor.copy_(tensor.flip(-1))
+    assert_as_decoded(layer)
+    assert layouts.nbytes() == kept and not torch.equal(layer(x), first)
+    layer(torch.randn(40, spec.in_features).to(dtype))  # many tokens take no layout of VPTQ
+    assert layouts.nbytes() == kept
+    del layer, tensor
+    gc.collect()
+    assert layouts.nbytes() == 0
 
 
 def test_what_is_saved_does_not_change() -> None:

@@ -39,7 +39,7 @@ def test_dequantize(name: str) -> None:
 
 def test_a_permutation_beyond_32767() -> None:
     packed = case(VPTQSpec(3, 32900, 16, 2, 2, permuted=True))
-    with only(triton_vptq._decode, triton_common.config(4, BLOCKS=1, LANES=4096)):
+    with only(triton_vptq._decode, triton_common.config(4, BLOCKS=1, LANES=4096, WIDE=1)):
         check_product(packed, 1, torch.float32)
 
 

@@ -201,11 +201,67 @@ def test_nothing_dense_is_kept_for_the_backward_pass() -> None:
             LoraConfig(target_modules="all-linear", init_lora_weights="olora"),
             "init_adapter_from_quantization_error",
         ),
+        (
+            LoraConfig(target_modules="all-linear", init_lora_weights="corda"),
+            "init_adapter_from_quantization_error",
+        ),
     ],
 )
 def test_what_needs_the_weight_is_refused(config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_peft_model(packed("gptvq"), config)
+
+
+def test_loftq_is_refused() -> None:
+    pytest.importorskip("scipy", reason="needs scipy, as PEFT's LoftQ does: pip install scipy")
+    config = LoraConfig(
+        target_modules=["q_proj"], init_lora_weights="loftq", loftq_config=peft.LoftQConfig()
+    )
+    with pytest.raises(ValueError, match="init_adapter_from_quantization_error"):
+        get_peft_model(packed("gptvq"), config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eva_finds_directions_in_the_inputs(method: str, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=1.0),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(packed(method), config)
+    base, rows = logits(packed(method)), TOKENS.repeat(4, 1)
+    batches = [{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows.split(4)]
+    peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    assert torch.equal(logits(model), base)
+    for block in model.get_base_model().model.layers:
+        directions = block.self_attn.q_proj.lora_A["default"].weight
+        assert torch.allclose(directions @ directions.T, torch.eye(4), atol=1e-4)
+    losses = train(model)
+    assert losses[-1] < losses[0] - 1e-3
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(packed(method), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW"])
+def test_optimizers_of_bitsandbytes(name: str) -> None:
+    """Paged ones page on a GPU only; here they have to be accepted and to train."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    torch.manual_seed(0)
+    model = get_peft_model(packed("gptvq"), adapters()["lora"])
+    kept = stored(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = getattr(bitsandbytes.optim, name)(trained, lr=0.02)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(torch.equal(kept[key], value) for key, value in stored(model).items())
 
 
 def test_dense_models_are_left_alone() -> None:
