@@ -53,6 +53,7 @@ from hf_vq.quantizer import VQHfQuantizer, record
 from hf_vq.registry import METHODS, get_method
 
 CALIBRATION_ROWS, TEST_WINDOWS, OTHER_WINDOWS = 128, 32, 16
+PERPLEXITY_WINDOWS = 128  # a share of a difference needs more of them than a KL
 TUNE_STEPS = {2: 1000, 3: 500, 4: 500}
 TUNE_TOKENS, TUNE_SEQLEN, TUNE_REASSIGN = 1024, 256, 0.002
 # The rank of QLoRA's paper, and twice as large an alpha
@@ -70,7 +71,8 @@ class Bench:
         self.path, self.cache = model, cache
         self.calibration = _tokens(data / "docs_calibration_1024x512.npy")[:CALIBRATION_ROWS]
         self.tuning = _tokens(data / "docs_tuning_4M.npy")
-        self.test = windows(_tokens(data / "docs_test.npy"), SEQLEN)[:TEST_WINDOWS]
+        self.long_test = windows(_tokens(data / "docs_test.npy"), SEQLEN)[:PERPLEXITY_WINDOWS]
+        self.test = self.long_test[:TEST_WINDOWS]
         tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=10**9)
         text = "\n\n".join(topics[name] for name in sorted(topics))
         other = torch.tensor(tokenizer(text)["input_ids"])
@@ -153,8 +155,8 @@ def _train(model: Any, tokens: torch.Tensor, steps: int, seed: int = 0) -> None:
 def lora_row(bench: Bench, name: str) -> tuple[list[str], bool]:
     """`lora_METHOD_START`, `sft_METHOD_START`: the share of the perplexity gap recovered."""
     loss, method, start = name.split("_")
-    dense = perplexity(bench.dense, bench.test, SEQLEN)
-    packed = perplexity(bench.packed(method, 2), bench.test, SEQLEN)
+    dense = perplexity(bench.dense, bench.long_test, SEQLEN)
+    packed = perplexity(bench.packed(method, 2), bench.long_test, SEQLEN)
     count = LORA_STEPS * LORA_TOKENS // LORA_SEQLEN + LORA_HELD_OUT
     # from everywhere: neighbouring rows are of one document
     chosen = torch.randperm(len(bench.tuning), generator=torch.Generator().manual_seed(0))[:count]
@@ -165,7 +167,7 @@ def lora_row(bench: Bench, name: str) -> tuple[list[str], bool]:
         hf_vq.init_adapter_from_quantization_error(
             model, bench.calibration[:64], base_model=bench.path, seqlen=SEQLEN
         )
-    found, kl = [perplexity(model, bench.test, SEQLEN)], [bench.kl(model)[0]]
+    found, kl = [perplexity(model, bench.long_test, SEQLEN)], [bench.kl(model)[0]]
     if loss == "lora":
         hf_vq.tune(
             model,
@@ -179,7 +181,7 @@ def lora_row(bench: Bench, name: str) -> tuple[list[str], bool]:
         )
     else:
         _train(model, rows[LORA_HELD_OUT:], LORA_STEPS)
-    found.append(perplexity(model, bench.test, SEQLEN))
+    found.append(perplexity(model, bench.long_test, SEQLEN))
     kl.append(bench.kl(model)[0])
     shares = [(packed - value) / (packed - dense) for value in found]
     cells = [name, f"{dense:.3f}", f"{packed:.3f}"]
