@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from hf_vq.tuning.codebooks import make_trainable, store_trained
 from hf_vq.tuning.codes import CodeMover
 from hf_vq.tuning.masters import Masters
+from hf_vq.tuning.peft import adapter_layers, has_adapters, merged_layers
 from hf_vq.tuning.teacher import Teacher, open_teacher, tuning_windows
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def tune(
         raise ValueError(f"steps={steps}: at least 1 is needed")
     if not 0 <= reassign <= 1:
         raise ValueError(f"reassign={reassign}: a share of all codes is needed, 0 to 1")
-    adapted = hasattr(model, "peft_config")  # a PeftModel, or Transformers' own `add_adapter`
+    adapted = has_adapters(model)
     if adapted:
         _check_adapter(model, reassign or train_unquantized)
     windows = tuning_windows(model, dataset, tokenizer, nsamples, seqlen, seed)
@@ -172,8 +173,6 @@ def tune(
 
 
 def _check_adapter(model: nn.Module, of_codebooks: object) -> None:
-    from hf_vq.tuning.peft import adapter_layers, merged_layers
-
     if of_codebooks:
         raise ValueError(
             "reassign and train_unquantized are of codebooks, and this model has an adapter, which "

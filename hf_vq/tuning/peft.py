@@ -14,6 +14,7 @@ that are put on packed layers. Everything else passes through.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +44,15 @@ def install() -> None:
 
     _wrap(BaseTuner, "inject_adapter", _inject_adapter)
     _wrap(BaseTuner, "_unload_and_optionally_merge", _unload)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether any layer has an adapter now: a config stays behind when PEFT 0.18 unloads one."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any, PackedLinear]]:

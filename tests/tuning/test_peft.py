@@ -15,6 +15,7 @@ from torch import nn
 pytest.importorskip("peft", reason="needs peft")
 
 import peft
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
 from hf_vq.layers import PackedLinear
@@ -135,6 +136,10 @@ def test_copies_and_pickles_of_merged_layers() -> None:
         assert all(torch.equal(wanted[key], again[key]) for key in wanted)
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.19.1"),
+    reason="Transformers' own adapters need PEFT 0.19.1: pip install -U peft",
+)
 def test_transformers_own_adapters(tmp_path: Path) -> None:
     model = packed("vptq")
     model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
