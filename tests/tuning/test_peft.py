@@ -17,6 +17,7 @@ pytest.importorskip("peft", reason="needs peft")
 import peft
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_vq.layers import PackedLinear
 from hf_vq.loading import packed_layers
@@ -137,8 +138,8 @@ def test_copies_and_pickles_of_merged_layers() -> None:
 
 
 @pytest.mark.skipif(
-    Version(peft.__version__) < Version("0.19.1"),
-    reason="Transformers' own adapters need PEFT 0.19.1: pip install -U peft",
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this Transformers' own adapters need PEFT {MIN_PEFT_VERSION}: pip install -U peft",
 )
 def test_transformers_own_adapters(tmp_path: Path) -> None:
     model = packed("vptq")
