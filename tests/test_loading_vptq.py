@@ -168,7 +168,7 @@ def test_unknown_keys_are_kept_and_no_settings_made_up(tmp_path):
     assert written["notes"] == {"by": "us"} and written["enable_proxy_error"] is False
     assert not set(VPTQConfig.rules) & set(written)
     card = (tmp_path / "b" / "README.md").read_text()
-    assert "bits per packed weight" in card and "`{'by': 'us'}`" in card
+    assert "bits per compressed weight" in card and "`{'by': 'us'}`" in card
     assert "config_for_layers" not in card
 
 

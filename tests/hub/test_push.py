@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import HfApi, ModelCard, constants
 
 from hf_vq.hub import push
@@ -50,6 +51,8 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # LFS alone
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        # Transformers keeps a client, which has the address that it was made with
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         yield server
 
 
